@@ -1,0 +1,31 @@
+"""The errors a user can cause. Each message names the file, key or line at fault and what to do about it.
+
+``train.py`` and the tools print these without a traceback and exit with ``EXIT_BAD_INPUT``; anything else is a defect
+and keeps its traceback.
+"""
+
+EXIT_BAD_INPUT = 2
+
+
+class OpsdError(Exception):
+    """Base of every error with a remedy in its message."""
+
+
+class ConfigError(OpsdError):
+    """A configuration key is unknown, has a wrong value, or contradicts another key or the launch."""
+
+
+class DataError(OpsdError):
+    """A data file is missing or malformed; the message names the file and the line or column."""
+
+
+class ModelError(OpsdError):
+    """A Hugging Face model directory is missing, is not a Qwen3, or its tensors do not fit its ``config.json``."""
+
+
+class CheckpointError(OpsdError):
+    """A checkpoint is missing, incomplete, belongs to another run, or cannot be written."""
+
+
+class EngineError(OpsdError):
+    """The rollout engine cannot start, or no longer agrees with the trainer."""

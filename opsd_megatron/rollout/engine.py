@@ -1,0 +1,60 @@
+"""What the trainer and the evaluation need of a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from opsd_megatron.types import Generation
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. ``temperature`` 0 is greedy; ``top_k`` -1 keeps all candidates."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+class RolloutEngine(Protocol):
+    """An engine co-located with the trainer. Every method is collective.
+
+    Ranks: every rank of the world calls every method, with equal arguments.
+    """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """Sample one response for each prompt (repeat a prompt to draw more).
+
+        Args:
+            prompts: All prompts of the call, equal on every rank; the engine shares them out over its replicas.
+            sampling: How to draw.
+            seeds: One seed for each prompt: a response depends on its prompt, its seed and the weights, not on which
+                replica drew it.
+
+        Returns:
+            One generation for each prompt in the order given, complete on every rank.
+        """
+        ...
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Replace the engine's weights by the full Hugging Face tensors that ``weights`` yields on every rank."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take back the device memory given up by :meth:`sleep`. A no-op on CPU."""
+        ...
+
+    def sleep(self) -> None:
+        """Give up device memory until :meth:`wake_up`; weights are kept. A no-op on CPU."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine and free what it holds."""
+        ...
