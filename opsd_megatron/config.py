@@ -44,7 +44,7 @@ class ModelConfig:
             ``max_position_embeddings``.
     """
 
-    path: str = "???"
+    path: str = ""
     checkpoint: str | None = None
     backend: str = "auto"
     dtype: str = "bfloat16"
@@ -98,11 +98,9 @@ class TeacherConfig:
 
     Attributes:
         policy: ``frozen`` keeps the initial weights; ``live`` uses the student's current ones, without gradient.
-        offload: Keep the teacher's hidden states in pinned host memory between its pass and their use (CUDA only).
     """
 
     policy: str = "frozen"
-    offload: bool = False
 
 
 @dataclass
@@ -128,7 +126,7 @@ class DataConfig:
         shuffle: Draw problems in a seeded random order, a new one each epoch.
     """
 
-    train: str = "???"
+    train: str = ""
     eval: str | None = None
     problem_column: str = "problem"
     solution_column: str = "solution"
@@ -287,7 +285,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    output_dir: str = "???"
+    output_dir: str = ""
 
     def get(self, key: str) -> Any:
         """The value at a dotted key such as ``"parallel.tensor"``."""
@@ -321,7 +319,7 @@ class Config:
 
 def _check_required(config: Config) -> None:
     for key in ("model.path", "data.train", "output_dir"):
-        if config.get(key) in ("???", "", None):
+        if not config.get(key):
             raise ConfigError(f"{key} is not set; pass {key}=VALUE on the command line")
 
 

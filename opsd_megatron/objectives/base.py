@@ -1,0 +1,68 @@
+"""What the trainer needs of an objective. The trainer knows no objective by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of one micro-batch, as sums: the trainer divides by the step's token count over the whole world.
+
+    Attributes:
+        loss_sum: Sum of the weighted per-row losses, float32 scalar with gradient.
+        sums: Metrics to be averaged over all rows of the step: name -> sum over this micro-batch's rows (detached).
+        maxima: Metrics of which the step reports the largest: name -> maximum over this micro-batch's rows (detached).
+    """
+
+    loss_sum: Tensor
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Turns problems and rollouts into samples, and hidden states into a loss."""
+
+    needs_rollouts: bool
+    needs_teacher: bool
+
+    def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[AlignedSample]:
+        """The training samples of one step, equal on every rank.
+
+        Args:
+            problems: The step's problems.
+            rollouts: Responses to them, in order; empty where ``needs_rollouts`` is false.
+        """
+        ...
+
+    def loss(
+        self, hidden: Tensor, head_weight: Tensor, batch: PackedMicroBatch, targets: TeacherTargets | None
+    ) -> LossOutput:
+        """The loss of one micro-batch on the last pipeline stage.
+
+        Ranks: every rank of a tensor-parallel group; the result is equal on all of them.
+
+        Args:
+            hidden: Student hidden states at ``batch.student.rows``, ``[R, H]``, replicated over tp. Their gradient
+                comes back complete, summed over tp.
+            head_weight: This rank's shard of the student's head, ``[V/tp, H]``.
+            batch: The micro-batch.
+            targets: The teacher's side; ``None`` where ``needs_teacher`` is false.
+        """
+        ...
+
+
+def sequence_mean_weights(samples: Sequence[AlignedSample]) -> list[float]:
+    """Row weights that turn the mean over all rows into the mean over sequences of each one's mean per token.
+
+    With N sequences of n_i rows, ``sum_i n_i / (N n_i)`` weights make
+    ``1/sum(n) * sum_i w_i sum_r l_ir == 1/N * sum_i 1/n_i sum_r l_ir``.
+    """
+    rows = sum(len(sample.response_ids) for sample in samples)
+    return [rows / (len(samples) * len(sample.response_ids)) for sample in samples]

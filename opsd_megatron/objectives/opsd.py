@@ -1,0 +1,91 @@
+"""On-policy self-distillation: pull the student's own responses toward the teacher, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from opsd_megatron.config import ObjectiveConfig
+from opsd_megatron.data.prompts import PromptBuilder
+from opsd_megatron.losses import linear_divergence_with_diagnostics
+from opsd_megatron.objectives.base import LossOutput, sequence_mean_weights
+from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
+
+
+@dataclass(frozen=True)
+class Opsd:
+    """Full-vocabulary, clipped, generalized Jensen-Shannon divergence on the student's rollouts.
+
+    Attributes:
+        config: beta, clip and reduction.
+        prompts: Renders the teacher's prompt.
+        references: What the teacher sees beyond the problem, by problem id; ``None`` shows it nothing.
+        temperature: The temperature the engine sampled with; both roles' logits are divided by it.
+        vocab_size: Vocabulary without padding columns.
+        tp_group: Tensor-parallel group of the head shards.
+    """
+
+    config: ObjectiveConfig
+    prompts: PromptBuilder
+    references: Mapping[str, str | None]
+    temperature: float
+    vocab_size: int
+    tp_group: ProcessGroup | None
+
+    needs_rollouts = True
+    needs_teacher = True
+
+    def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[AlignedSample]:
+        """Each rollout under the prompt it was sampled from and under the teacher's prompt."""
+        samples = [
+            AlignedSample(
+                student_prompt_ids=rollout.prompt_ids,
+                teacher_prompt_ids=self.prompts.teacher(rollout.problem, self.references[rollout.problem.id]),
+                response_ids=rollout.generation.token_ids,
+                engine_log_probs=rollout.generation.log_probs,
+            )
+            for rollout in rollouts
+        ]
+        if self.config.reduction == "sequence":
+            weights = sequence_mean_weights(samples)
+            samples = [replace(sample, row_weight=weight) for sample, weight in zip(samples, weights, strict=True)]
+        return samples
+
+    def loss(
+        self, hidden: Tensor, head_weight: Tensor, batch: PackedMicroBatch, targets: TeacherTargets | None
+    ) -> LossOutput:
+        """See :class:`~opsd_megatron.objectives.base.Objective`."""
+        assert targets is not None, "the OPSD objective needs the teacher's targets"
+        row_loss, diagnostics = linear_divergence_with_diagnostics(
+            hidden,
+            head_weight,
+            targets.hidden,
+            targets.head_weight,
+            beta=self.config.beta,
+            temperature=self.temperature,
+            clip=self.config.clip,
+            clip_mode=self.config.clip_mode,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            chunk_rows=self.config.chunk_rows,
+            target_ids=batch.response_ids,
+        )
+        loss_sum = (row_loss * batch.row_weights).sum()
+        sums = {
+            "loss": loss_sum.detach(),
+            "divergence": diagnostics.divergence.sum(),
+            "clip_fraction": diagnostics.clip_fraction.sum(),
+            "clipped_teacher_mass": diagnostics.clipped_teacher_mass.sum(),
+            "student_entropy": diagnostics.student_entropy.sum(),
+            "student_log_prob": diagnostics.student_log_prob.sum(),
+            "teacher_log_prob": diagnostics.teacher_log_prob.sum(),
+        }
+        gap = diagnostics.student_log_prob - batch.engine_log_probs
+        sums["log_prob_gap"] = gap.abs().sum()
+        # -inf for an empty micro-batch: it must not win against another micro-batch's maximum.
+        largest = gap.abs().max() if gap.numel() else torch.full_like(loss_sum.detach(), -torch.inf)
+        return LossOutput(loss_sum, sums, {"log_prob_gap_max": largest})

@@ -1,0 +1,64 @@
+"""Whose weights the teacher uses. A policy is one class; the trainer sees only :class:`TeacherPolicy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.models.build import HiddenStatesGPT
+from opsd_megatron.teacher.forward import collect_targets
+from opsd_megatron.types import PackedMicroBatch, TeacherTargets
+
+
+class TeacherPolicy(Protocol):
+    """Gives the teacher's side of a step's micro-batches."""
+
+    def targets(self, micro_batches: Sequence[PackedMicroBatch]) -> list[TeacherTargets | None]:
+        """Run the teacher over the step's micro-batches.
+
+        Ranks: every rank. The result holds targets on the last pipeline stage and ``None`` elsewhere.
+        """
+        ...
+
+    def after_step(self) -> None:
+        """Follow the student after an optimizer step, where the policy does. Ranks: every rank."""
+        ...
+
+
+class FrozenTeacher:
+    """The initial weights, never changed: the method's default.
+
+    The policy has no state to checkpoint: a resumed run loads the same initial weights again, which the run identity
+    guards (``checkpoint.state.check_output_dir``).
+    """
+
+    def __init__(self, model: HiddenStatesGPT, dims: ParallelDims) -> None:
+        """Take over ``model``, which holds the initial weights, and freeze it."""
+        model.requires_grad_(False)
+        model.eval()
+        self._model = model
+        self._dims = dims
+
+    def targets(self, micro_batches: Sequence[PackedMicroBatch]) -> list[TeacherTargets | None]:
+        """See :class:`TeacherPolicy`."""
+        return collect_targets(self._model, micro_batches, self._dims)
+
+    def after_step(self) -> None:
+        """The frozen teacher does not follow."""
+
+
+class LiveTeacher:
+    """The student's own current weights, without gradient."""
+
+    def __init__(self, student: HiddenStatesGPT, dims: ParallelDims) -> None:
+        """Share ``student``'s module; nothing is copied."""
+        self._model = student
+        self._dims = dims
+
+    def targets(self, micro_batches: Sequence[PackedMicroBatch]) -> list[TeacherTargets | None]:
+        """See :class:`TeacherPolicy`."""
+        return collect_targets(self._model, micro_batches, self._dims)
+
+    def after_step(self) -> None:
+        """The live teacher is the student: there is nothing to copy."""

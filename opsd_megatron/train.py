@@ -1,0 +1,124 @@
+"""The entry point: ``torchrun --nproc-per-node N -m opsd_megatron.train [experiment=NAME] key=value ...``.
+
+Hydra composes the configuration from ``opsd_megatron/configs`` and the overrides; nothing past this file sees
+OmegaConf. Also ``--cfg job`` to print the composed configuration and exit, ``--config-dir DIR`` to add a directory of
+own configuration groups, and ``--check WORLD_SIZE`` to validate for a launch of that size without starting anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opsd_megatron.config import Config
+from opsd_megatron.errors import EXIT_BAD_INPUT, ConfigError, OpsdError
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None) -> Config:
+    """Compose and type-check a configuration.
+
+    Args:
+        overrides: Hydra overrides, ``key=value``.
+        config_dir: Directory of own configuration groups, searched before the packaged ones.
+
+    Raises:
+        ConfigError: A key is unknown, a group or file does not exist, or a value has the wrong type.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    if config_dir is not None:
+        directory = Path(config_dir).resolve()
+        if not directory.is_dir():
+            raise ConfigError(f"--config-dir {config_dir} is not a directory")
+        overrides = [*overrides, f"hydra.searchpath=[file://{directory}]"]
+    try:
+        with initialize_config_module("opsd_megatron.configs", version_base="1.3"):
+            tree = compose("config", overrides=overrides)
+        # Merged into the schema again, since Hydra lets "+key=value" add keys that the schema does not know.
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(tree)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message in one line, with the nearest known key where one was misspelt."""
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    message = " ".join(" ".join(str(cause).split()) for cause in causes)
+    message, _, location = message.partition(" full_key: ")
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in|Could not override '([^']+)'", message)
+    if unknown is None:
+        return message
+    key = location.split()[0] if location else unknown.group(1) or unknown.group(2)
+    near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; all keys: opsd_megatron/config.py")
+
+
+def _known_keys() -> list[str]:
+    """Every key, and every group that a file can be chosen for."""
+    keys = ["experiment"]
+    for group in fields(Config):
+        node = getattr(Config(), group.name)
+        keys.append(group.name)
+        keys += [f"{group.name}.{key.name}" for key in fields(node)] if is_dataclass(node) else []
+    return keys
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="opsd_megatron.train", description="Train with on-policy self-distillation.", allow_abbrev=False
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as model.path=DIR")
+    parser.add_argument("--config-dir", help="directory of own configuration groups")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and exit")
+    parser.add_argument("--check", type=int, metavar="WORLD_SIZE", help="validate for so many processes and exit")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    options = _parse(arguments)
+    config = compose_config(options.overrides, options.config_dir)
+    if options.cfg == "job":
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if options.check is None else options.check
+    config.validate(world_size)
+    # Imported late: a bad configuration is reported without waiting for Megatron-Core and vLLM.
+    from opsd_megatron.trainer.setup import build_trainer, check_inputs
+
+    inputs = check_inputs(config)
+    if options.check is not None:
+        print(f"valid for {world_size} processes")
+        return
+    build_trainer(config, inputs).run()
+
+
+def main() -> int:
+    """Run and return the exit status: 0, or ``EXIT_BAD_INPUT`` with one line on stderr for an :class:`OpsdError`."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        _run(sys.argv[1:])
+    except OpsdError as error:
+        if rank != 0:
+            # Most errors are the same on every rank. Rank 0 reports; torchrun then ends the others within this time,
+            # so that a rank speaks only where rank 0 had nothing to say.
+            time.sleep(10)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What a step reports: one line of ``metrics.jsonl``, progress for people, rollouts on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opsd_megatron.telemetry.memory import memory_report
+from opsd_megatron.telemetry.metrics import MetricsWriter
+from opsd_megatron.telemetry.progress import Progress
+from opsd_megatron.telemetry.timers import PhaseTimer
+from opsd_megatron.trainer.step import StepResult
+from opsd_megatron.types import AlignedSample, Rollout
+
+
+@dataclass
+class StepReporter:
+    """Reports on rank 0; every method is a no-op on the others.
+
+    Attributes:
+        output_dir: The run's directory.
+        writer: ``metrics.jsonl``; ``None`` on every rank but 0.
+        progress: Bar or lines; ``None`` on every rank but 0.
+        save_rollouts: Write each step's rollouts to ``rollouts/step_N.jsonl``.
+        tensor_ranks: tp * pp, to count packed tokens once.
+    """
+
+    output_dir: Path
+    writer: MetricsWriter | None
+    progress: Progress | None
+    save_rollouts: bool
+    _first_divergence: float | None = field(default=None, init=False)
+
+    def evaluation(self, step: int, result: dict[str, Any] | None, timer: PhaseTimer) -> None:
+        """Report an evaluation that belongs to no optimizer step (the one before the first)."""
+        if self.writer is None or result is None:
+            return
+        self.writer.write({"step": step, "eval": result, "seconds": timer.seconds})
+        self._show_evaluation(step, result)
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        samples: Sequence[AlignedSample],
+        rollouts: Sequence[Rollout],
+        evaluation: dict[str, Any] | None,
+        timer: PhaseTimer,
+    ) -> None:
+        """Report one optimizer step."""
+        if self.writer is None or self.progress is None:
+            return
+        packed = sum(sample.student_tokens + sample.teacher_tokens for sample in samples)
+        seconds = dict(timer.seconds)
+        trained = sum(seconds.get(phase, 0.0) for phase in ("rollout", "pack", "teacher", "student", "sync"))
+        line: dict[str, Any] = {
+            "step": step,
+            **result.metrics,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": result.rows,
+            "packed_tokens": packed,
+            "response_tokens_mean": result.rows / len(samples),
+            "packed_tokens_per_second": packed / trained,
+            "seconds": seconds,
+            "memory": memory_report(),
+        }
+        if rollouts:
+            cut = sum(rollout.generation.finish_reason == "length" for rollout in rollouts)
+            line["truncated"] = cut / len(rollouts)
+            line["policy_version"] = rollouts[0].policy_version
+        if evaluation is not None:
+            line["eval"] = evaluation
+        line["alarm"] = self._alarm(line)
+        self.writer.write(line)
+        self.progress.update(step, _summary(line))
+        if line["alarm"]:
+            self.progress.message(f"step {step}: {line['alarm']}")
+        if evaluation is not None:
+            self._show_evaluation(step, evaluation)
+
+    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Keep the step's rollouts as ``rollouts/step_N.jsonl``, one object a rollout."""
+        if self.writer is None or not self.save_rollouts or not rollouts:
+            return
+        directory = self.output_dir / "rollouts"
+        directory.mkdir(exist_ok=True)
+        lines = (
+            {
+                "problem_id": rollout.problem.id,
+                "policy_version": rollout.policy_version,
+                "prompt_ids": rollout.prompt_ids,
+                "token_ids": rollout.generation.token_ids,
+                "log_probs": rollout.generation.log_probs,
+                "finish_reason": rollout.generation.finish_reason,
+            }
+            for rollout in rollouts
+        )
+        (directory / f"step_{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def close(self) -> None:
+        """Finish the bar and the file."""
+        if self.progress is not None:
+            self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _alarm(self, line: dict[str, Any]) -> str | None:
+        """A clipped loss below zero is no divergence: it can fall while student and teacher drift apart."""
+        divergence = line.get("divergence")
+        if divergence is None:
+            return None
+        if self._first_divergence is None:
+            self._first_divergence = divergence
+        if line["loss"] < 0 and divergence >= self._first_divergence:
+            return (
+                f"the loss is negative ({line['loss']:.4g}) while the unclipped divergence ({divergence:.4g}) has not "
+                f"fallen since the start ({self._first_divergence:.4g}): the clip, not the teacher, drives the gradient; "
+                "see objective.clip_mode"
+            )
+        return None
+
+    def _show_evaluation(self, step: int, result: dict[str, Any]) -> None:
+        if self.progress is not None:
+            low, high = result["avg_interval"]
+            k = result["samples_per_problem"]
+            self.progress.message(
+                f"step {step}: avg@{k} {100 * result['avg_at_k']:.1f}% (95% interval {100 * low:.1f} to "
+                f"{100 * high:.1f}), pass@{k} {100 * result['pass_at_k']:.1f}%, {result['num_problems']} problems"
+            )
+
+
+def _summary(line: dict[str, Any]) -> str:
+    shown = {"loss": "loss", "divergence": "div", "grad_norm": "|g|", "log_prob_gap": "gap"}
+    parts = [f"{label} {line[key]:.4g}" for key, label in shown.items() if line.get(key) is not None]
+    return " ".join(parts)

@@ -1,0 +1,81 @@
+"""The student's data-parallel wrapper, its optimizer and schedule, all Megatron-Core's own.
+
+Megatron-Core picks Transformer Engine's or Apex's fused Adam where one is installed and torch's AdamW elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from opsd_megatron.config import Config, OptimizerConfig
+from opsd_megatron.models.build import HiddenStatesGPT
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model that trains: its gradient buffers, optimizer and schedule."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def make_trainable(model: HiddenStatesGPT, config: Config) -> Trainable:
+    """Wrap ``model`` for data parallelism and build its optimizer.
+
+    Call after the weights are loaded: for bf16 the optimizer takes its float32 master copy from them here.
+
+    Ranks: every rank.
+    """
+    distributed = config.parallel.distributed_optimizer
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        # Gradients are summed in float32 and divided once, by the step's token count over the whole world, in
+        # finalize_model_grads; so the loss does not depend on how the batch is split.
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+        ),
+        module=model,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = wrapped.no_sync
+    bf16 = config.model.dtype == "bfloat16"
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=distributed,
+        ),
+        [wrapped],
+    )
+    return Trainable(wrapped, optimizer, _scheduler(optimizer, settings, config.train.steps))
+
+
+def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr if settings.schedule == "constant" else settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=steps if settings.decay_steps is None else settings.decay_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

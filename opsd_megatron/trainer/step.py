@@ -1,0 +1,132 @@
+"""One optimizer step on prepared micro-batches: forward, backward, reduction of metrics, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.models.build import forward_packed
+from opsd_megatron.models.hidden import response_hidden
+from opsd_megatron.objectives.base import LossOutput, Objective
+from opsd_megatron.trainer.optimizer import Trainable
+from opsd_megatron.types import PackedMicroBatch, TeacherTargets
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, equal on every rank.
+
+    Attributes:
+        metrics: The objective's metrics: means over all rows of the step, and maxima.
+        grad_norm: Global gradient norm before clipping.
+        lr: Learning rate of this update.
+        rows: Response tokens of the step over the whole world.
+    """
+
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+    rows: int
+
+
+def optimizer_step(
+    trainable: Trainable,
+    objective: Objective,
+    micro_batches: Sequence[PackedMicroBatch],
+    targets: Sequence[TeacherTargets | None],
+    dims: ParallelDims,
+) -> StepResult:
+    """Accumulate gradients over the step's micro-batches and update the weights.
+
+    Ranks: every rank, with equal numbers of micro-batches.
+
+    Raises:
+        FloatingPointError: The loss is not finite; the weights are left as they were. (A gradient that is not finite
+            stops in Megatron's own check, before the update as well.)
+    """
+    trainable.model.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    outputs = _forward_backward(trainable.model, objective, micro_batches, targets, dims)
+    metrics, rows = _reduce_metrics(outputs, micro_batches, dims)
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the loss is {metrics['loss']}; the weights were not updated")
+    # The schedule counts from 1, so that warm-up does not spend its first step at a learning rate of 0 and the last
+    # step ends the decay.
+    trainable.scheduler.step(1)
+    lr = trainable.scheduler.get_lr({})
+    _, grad_norm, _ = trainable.optimizer.step()
+    return StepResult(metrics, float(grad_norm or 0.0), lr, rows)
+
+
+def _forward_backward(
+    model: DistributedDataParallel,
+    objective: Objective,
+    micro_batches: Sequence[PackedMicroBatch],
+    targets: Sequence[TeacherTargets | None],
+    dims: ParallelDims,
+) -> list[LossOutput]:
+    """Megatron's schedule over the student side; the outputs are there on the last pipeline stage only."""
+
+    def forward_step(
+        pairs: Iterator[tuple[PackedMicroBatch, TeacherTargets | None]], model: DistributedDataParallel
+    ):  # type: ignore[no-untyped-def]
+        batch, target = next(pairs)
+        output = forward_packed(model, batch.student)
+
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
+            hidden = response_hidden(output, batch.student.rows, dims)
+            result = objective.loss(hidden, model.module.output_head(), batch, target)
+            rows = torch.tensor(batch.num_rows, dtype=torch.int, device=output.device)
+            detached = LossOutput(result.loss_sum.detach(), result.sums, result.maxima)
+            return result.loss_sum, rows, detached
+
+        return output, loss
+
+    outputs: list[LossOutput] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(zip(micro_batches, targets, strict=True)),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        # Only a bound: stages exchange the true shape of every micro-batch (variable_seq_lengths).
+        seq_length=max(batch.student.ids.numel() for batch in micro_batches),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return outputs
+
+
+def _reduce_metrics(
+    outputs: Sequence[LossOutput], micro_batches: Sequence[PackedMicroBatch], dims: ParallelDims
+) -> tuple[dict[str, float], int]:
+    """Sum over micro-batches and data-parallel ranks, then tell the earlier pipeline stages.
+
+    The last stage holds the names; it sends them along with the values, since the others never see a loss.
+    """
+    message: list[object] = [None]
+    if dims.is_last_stage:
+        sums = {name: torch.stack([output.sums[name] for output in outputs]).sum() for name in outputs[0].sums}
+        maxima = {name: torch.stack([output.maxima[name] for output in outputs]).max() for name in outputs[0].maxima}
+        rows = torch.tensor(float(sum(batch.num_rows for batch in micro_batches)), device=dims.device)
+        # float64: sums over millions of rows, and the row count must stay exact.
+        total = torch.stack([rows, *sums.values()]).double()
+        dist.all_reduce(total, group=dims.dp_group)
+        values = total.tolist()
+        count = int(values[0])
+        metrics = {name: value / max(count, 1) for name, value in zip(sums, values[1:], strict=True)}
+        if maxima:
+            largest = torch.stack(list(maxima.values())).double()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dims.dp_group)
+            metrics |= dict(zip(maxima, largest.tolist(), strict=True))
+        message = [(metrics, count)]
+    if dims.pp > 1:
+        dist.broadcast_object_list(message, src=dims.last_stage_rank, group=dims.pp_group)
+    metrics, count = message[0]  # type: ignore[misc]
+    return metrics, count

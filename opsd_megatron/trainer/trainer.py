@@ -1,0 +1,184 @@
+"""The training loop, to be read top-down: :meth:`Trainer.run`, then :meth:`Trainer._step`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd_megatron.checkpoint.state import TrainerState, prune_checkpoints, save_checkpoint
+from opsd_megatron.config import Config
+from opsd_megatron.data.packing import pack, plan_micro_batches
+from opsd_megatron.data.prompts import PromptBuilder
+from opsd_megatron.data.sampler import ProblemSampler
+from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.errors import EngineError
+from opsd_megatron.evaluation.evaluate import Evaluator
+from opsd_megatron.models.qwen3 import Qwen3Spec
+from opsd_megatron.objectives.base import Objective
+from opsd_megatron.rollout.engine import RolloutEngine, Sampling
+from opsd_megatron.rollout.weight_sync import sync_weights
+from opsd_megatron.teacher.policies import TeacherPolicy
+from opsd_megatron.telemetry.timers import PhaseTimer
+from opsd_megatron.trainer.metrics import StepReporter
+from opsd_megatron.trainer.optimizer import Trainable
+from opsd_megatron.trainer.step import StepResult, optimizer_step
+from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs for the loop; built by :func:`opsd_megatron.trainer.setup.build_trainer`.
+
+    Ranks: every rank of the world builds one and calls :meth:`run`.
+
+    Attributes:
+        config: The run.
+        dims: The mesh.
+        spec: The model's dimensions.
+        source: Local Hugging Face directory whose configuration and tokenizer travel with the checkpoints.
+        problems: Training problems.
+        sampler: Draws problem indices.
+        prompts: Renders prompts.
+        objective: Turns problems and rollouts into a loss.
+        trainable: The student.
+        teacher: The teacher; ``None`` for objectives without one.
+        engine: The rollout engine; ``None`` where nothing is sampled.
+        evaluator: Judges held-out problems; ``None`` without ``data.eval``.
+        reporter: Writes metrics and shows progress.
+        identity: What tells this run's checkpoints from another's.
+        completed: Optimizer steps done so far.
+    """
+
+    config: Config
+    dims: ParallelDims
+    spec: Qwen3Spec
+    source: Path
+    problems: Sequence[Problem]
+    sampler: ProblemSampler
+    prompts: PromptBuilder
+    objective: Objective
+    trainable: Trainable
+    teacher: TeacherPolicy | None
+    engine: RolloutEngine | None
+    evaluator: Evaluator | None
+    reporter: StepReporter
+    identity: dict[str, Any]
+    completed: int = 0
+
+    def run(self) -> None:
+        """Train to ``train.steps``, evaluating and saving as configured."""
+        timer = PhaseTimer()
+        self._sync(timer)
+        if self.completed == 0 and self.config.evaluation.at_start:
+            self.reporter.evaluation(0, self._evaluate(0, timer), timer)
+        while self.completed < self.config.train.steps:
+            self._step()
+        self.reporter.close()
+
+    def _step(self) -> None:
+        step = self.completed + 1
+        timer = PhaseTimer()
+        problems = [self.problems[index] for index in self.sampler.next()]
+        with timer("rollout"):
+            rollouts = self._rollouts(problems, step)
+        with timer("pack"):
+            samples = self.objective.samples(problems, rollouts)
+            micro_batches = self._micro_batches(samples)
+        with timer("teacher"):
+            targets = [None] * len(micro_batches) if self.teacher is None else self.teacher.targets(micro_batches)
+        with timer("student"):
+            result = optimizer_step(self.trainable, self.objective, micro_batches, targets, self.dims)
+        self._check_engine(result, step)
+        self.completed = step
+        if self.teacher is not None:
+            self.teacher.after_step()
+        self._sync(timer)
+        self.reporter.rollouts(step, rollouts)
+        evaluation = self._evaluate(step, timer)
+        self._save(step, timer)
+        self.reporter.step(step, result, samples, rollouts, evaluation, timer)
+
+    def _rollouts(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+        """Sample the responses of one step. Every seed depends on the run's seed and the step only, so that a resumed
+        run draws what an uninterrupted one would."""
+        if not self.objective.needs_rollouts:
+            return []
+        assert self.engine is not None
+        settings = self.config.rollout
+        repeated = [problem for problem in problems for _ in range(settings.samples_per_problem)]
+        prompts = [self.prompts.student(problem) for problem in repeated]
+        seeds = np.random.SeedSequence([self.config.train.seed, step]).generate_state(len(prompts)) % 2**31
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+        self.engine.wake_up()
+        generations = self.engine.generate(prompts, sampling, seeds=seeds.tolist())
+        self.engine.sleep()
+        return [
+            Rollout(problem, tuple(prompt), generation, policy_version=step - 1)
+            for problem, prompt, generation in zip(repeated, prompts, generations, strict=True)
+        ]
+
+    def _micro_batches(self, samples: Sequence[AlignedSample]) -> list[PackedMicroBatch]:
+        """This data-parallel rank's slice of the plan that every rank computes."""
+        plan = plan_micro_batches(
+            samples, dp_size=self.dims.dp, token_budget=self.config.train.tokens_per_micro_batch
+        )
+        return [
+            pack(
+                [samples[index] for index in indices],
+                with_teacher=self.objective.needs_teacher,
+                # Sequence parallelism splits every packed sequence evenly over tp.
+                multiple_of=self.dims.tp if self.dims.sequence_parallel else 1,
+            ).to(self.dims.device)
+            for indices in plan[self.dims.dp_rank]
+        ]
+
+    def _sync(self, timer: PhaseTimer) -> None:
+        if self.engine is not None:
+            with timer("sync"):
+                self.engine.wake_up()
+                sync_weights(self.engine, self.trainable.model.module, self.spec, self.dims)
+                self.engine.sleep()
+
+    def _evaluate(self, step: int, timer: PhaseTimer) -> dict[str, Any] | None:
+        """Evaluate where the configuration asks for it after ``step`` steps (0: before the first)."""
+        settings = self.config.evaluation
+        last = step == self.config.train.steps
+        due = step == 0 or (settings.every and step % settings.every == 0) or (last and settings.at_end)
+        if self.evaluator is None or self.engine is None or not due:
+            return None
+        with timer("evaluation"):
+            self.engine.wake_up()
+            result = self.evaluator.evaluate(self.engine, step)
+            self.engine.sleep()
+        return result.as_dict()
+
+    def _save(self, step: int, timer: PhaseTimer) -> None:
+        settings = self.config.checkpoint
+        last = step == self.config.train.steps
+        if not ((settings.every and step % settings.every == 0) or (last and settings.at_end)):
+            return
+        with timer("checkpoint"):
+            root = Path(self.config.output_dir) / "checkpoints"
+            save_checkpoint(
+                root / f"step_{step}",
+                state=TrainerState(step=step, sampler=self.sampler.state_dict(), identity=self.identity),
+                model=self.trainable.model,
+                optimizer=self.trainable.optimizer,
+                source=self.source,
+            )
+            if settings.keep is not None:
+                prune_checkpoints(root, settings.keep)
+
+    def _check_engine(self, result: StepResult, step: int) -> None:
+        bound = self.config.rollout.max_log_prob_gap
+        gap = result.metrics.get("log_prob_gap")
+        if bound is not None and gap is not None and gap > bound:
+            raise EngineError(
+                f"step {step}: the engine's log-probs differ from the trainer's by {gap:.3g} on average, more "
+                f"than rollout.max_log_prob_gap={bound}; the engine does not hold the trainer's weights, or the two "
+                "compute in different precision"
+            )
