@@ -87,7 +87,9 @@ def make_tiny_qwen3(
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
                     parameter.uniform_(0.5, 1.5)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=eos_id, pad_token_id=pad_id)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, eos_token_id=eos_id, pad_token_id=pad_id
+    )
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     if with_tokenizer:
         _save_tokenizer(path, vocab_size)
@@ -107,7 +109,10 @@ def _save_tokenizer(path: Path, vocab_size: int) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINKING_TOKENS])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)

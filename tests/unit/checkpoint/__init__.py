@@ -1,0 +1,1 @@
+"""Tests of opsd_megatron.checkpoint."""
