@@ -1,0 +1,139 @@
+"""On-policy self-distillation from nothing, on two CPU cores: ``python examples/quickstart/run.py``.
+
+Makes a tiny Qwen3 and a maths task, warm-starts the model, lets it distil itself, and shows that the gain comes from
+the reference. Every stage is a command that can be run by hand; it is printed before it starts. A second call continues
+where the first one ended. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import report
+from make_data import write_atomically
+from stages import StageError, StageRunner, cost_table
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TOOLS = Path("tools", "checkpoint")
+# Two ranks stand for two devices. One thread each: on a model this small, more only wait for each other.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opsd_megatron.train")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+STAGES = 8
+
+
+def run_stages(output: Path) -> StageRunner:
+    """From no data and no model to a distilled one, checked in two other programs."""
+    data, model, base, distilled = output / "data", output / "model", output / "base", output / "opsd_hf"
+    train, held_out = f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'eval.jsonl'}"
+    stages = StageRunner(output / "stages", cwd=ROOT, environment=ENVIRONMENT, total=STAGES)
+
+    stages.run("data", "Make the task's data", HERE / "make_data.py", "--output", data)
+    stages.run("model", "Make a tiny Qwen3", HERE / "make_model.py", "--data", data, "--output", model)
+
+    stages.run(
+        "warm_start",
+        "Warm-start: cross-entropy on noisy solutions, data parallel over 2 ranks",
+        *TORCHRUN,
+        "experiment=quickstart_sft",
+        f"model.path={model}",
+        f"data.train={data / 'warm_start.jsonl'}",
+        f"output_dir={output / 'warm_start'}",
+        "checkpoint.resume=true",
+    )
+    warm = output / "warm_start" / "checkpoints" / "step_800"
+    stages.run(
+        "base",
+        "Convert the Megatron checkpoint to Hugging Face format: the base model",
+        *(TOOLS / "megatron_to_hf.py", "--checkpoint", warm, "--output", base),
+    )
+
+    distil = (*TORCHRUN, "experiment=quickstart_opsd", f"model.path={base}", train, held_out)
+    stages.run(
+        "opsd",
+        "OPSD: the teacher sees the reference; tensor parallel over 2 ranks, vLLM rollouts",
+        *(*distil, "data.privileged=reference", f"output_dir={output / 'opsd'}", "checkpoint.resume=true"),
+    )
+    stages.run(
+        "control",
+        "Control: the same, but the teacher sees no reference",
+        *(*distil, "data.privileged=none", f"output_dir={output / 'control'}", "checkpoint.resume=true"),
+    )
+
+    final = output / "opsd" / "checkpoints" / "step_30"
+    stages.run(
+        "export",
+        "Convert the distilled model",
+        *(TOOLS / "megatron_to_hf.py", "--checkpoint", final, "--output", distilled),
+    )
+    stages.run(
+        "check",
+        "Load the export in transformers and in vLLM and compare greedy answers",
+        *(HERE / "check_export.py", "--model", distilled, "--eval", data / "eval.jsonl"),
+        *("--output", output / "check.json"),
+    )
+    return stages
+
+
+def summarise(output: Path, stages: StageRunner) -> bool:
+    """Print and save the results; whether OPSD beat both the base model and the control beyond doubt."""
+    opsd, control = report.read_run(output / "opsd"), report.read_run(output / "control")
+    passed = report.verdict(opsd, control)
+    phases = opsd.seconds_by_phase()
+    summary = {
+        "accuracy": {"base": asdict(opsd.first), "control": asdict(control.last), "opsd": asdict(opsd.last)},
+        "intervals_disjoint": passed,
+        "greedy_check": json.loads((output / "check.json").read_text(encoding="utf-8")),
+        "opsd_step_seconds": phases,
+        "stages": [asdict(record) for record in stages.records],
+        "total_seconds": round(sum(record.seconds for record in stages.records), 1),
+        "peak_memory_gib": max(record.peak_memory_gib for record in stages.records),
+    }
+    write_atomically(output / "summary.json", [json.dumps(summary, indent=2)])
+    report.save_picture(output / "curves.png", opsd, control)
+
+    print("\n" + cost_table(stages.records))
+    print("\none OPSD step, median seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in phases.items()))
+    print("\n" + report.result_table(opsd, control))
+    if passed:
+        print("\nOPSD's interval lies above both others: the gain is real, and it comes from the reference.")
+    else:
+        print("\nFAILED: OPSD's interval does not lie above both others.")
+    print(f"\ncurves: {output / 'curves.png'}\nfigures: {output / 'summary.json'}\nmodel: {output / 'opsd_hf'}")
+    return passed
+
+
+def fresh_directory(output: Path) -> Path:
+    """``output``, or where that exists the first free one of ``output-2``, ``output-3``, ...: nothing is deleted."""
+    candidate, number = output, 2
+    while candidate.exists():
+        candidate, number = output.with_name(f"{output.name}-{number}"), number + 1
+    return candidate
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="On-policy self-distillation of a tiny Qwen3 on two CPU cores.")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "quickstart", help="default: %(default)s")
+    parser.add_argument("--fresh", action="store_true", help="start over in a new directory beside --output")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    if arguments.fresh:
+        output = fresh_directory(output)
+    print(f"quickstart in {output}")
+    try:
+        stages = run_stages(output)
+    except StageError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nquickstart: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0 if summarise(output, stages) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
