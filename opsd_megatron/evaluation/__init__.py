@@ -1,0 +1,1 @@
+"""Evaluation: judged answers, and what they say about a model."""

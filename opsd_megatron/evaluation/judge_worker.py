@@ -1,0 +1,70 @@
+"""The process that runs math-verify, started by ``answers.py`` as a script and never imported by the package.
+
+It imports nothing but the standard library and math-verify, so it starts fast and cannot disturb, or be disturbed by,
+what the training process holds. One pair arrives per line of stdin, one verdict leaves per line of stdout, in order.
+
+The limits are the kernel's, not Python's. A signal handler, which is what math-verify's own time limit uses, runs only
+between bytecodes and so never during ``9**9**9``; SIGALRM at its default disposition kills the process wherever it is,
+even when the parent has died meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+# Beyond any sensible answer, below what would push a training node into swap.
+MEMORY_LIMIT_BYTES = 4 * 2**30
+READY = "ready"
+
+
+def _set_limits() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a mask is inherited from the parent's thread
+    for limit, value in ((resource.RLIMIT_AS, MEMORY_LIMIT_BYTES), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _judge(answer: str, gold: str, math_verify: Any) -> tuple[bool, str]:
+    try:
+        # The box tells math-verify's extraction where the expression starts and ends. Its own time limits are off: they
+        # would replace the SIGALRM disposition that kills this process.
+        parsed = math_verify.parse("\\boxed{" + answer + "}", parsing_timeout=None)
+        reference = math_verify.parse("\\boxed{" + gold + "}", parsing_timeout=None)
+        correct = bool(math_verify.verify(reference, parsed, timeout_seconds=None))
+    except MemoryError:
+        return False, "timeout"
+    except Exception:  # whatever a hostile answer provokes inside a parser is a wrong answer, never a failed run
+        return False, "unparsable"
+    # Where no expression could be read, parse() falls back to the text alone; equal texts still count as correct.
+    readable = correct or any(not isinstance(item, str) for item in parsed)
+    return correct, "ok" if readable else "unparsable"
+
+
+def main() -> None:
+    """Judge the pairs on stdin until it closes; ``argv[1]`` is the time limit per pair in seconds."""
+    seconds = float(sys.argv[1])
+    verdicts = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")  # line buffered: each verdict leaves at once
+    os.dup2(2, 1)  # what a parser prints must not land between the verdicts
+    logging.disable(logging.CRITICAL)
+
+    import math_verify
+
+    _set_limits()
+    verdicts.write(READY + "\n")
+    for line in sys.stdin:
+        answer, gold = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        verdict = _judge(answer, gold, math_verify)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        verdicts.write(json.dumps(verdict) + "\n")
+
+
+if __name__ == "__main__":
+    main()
