@@ -1,0 +1,85 @@
+"""Stand-ins that let Megatron-Core 0.16.1 run on a host without a CUDA device.
+
+Megatron-Core computes with ordinary tensor operations but names CUDA in places: as a device, for random-number state,
+to order work. Each redirect below says which of its lines needs it (paths are relative to ``megatron/core``). Nothing
+here touches a host that has a CUDA device. Not thread-safe: install from the main thread, where training runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_plain_type = Tensor.type
+
+
+class _CudaLiteralsToCpu(TorchFunctionMode):
+    """Creates tensors asked for on ``"cuda"`` on the CPU instead.
+
+    Needed by literal ``device="cuda"`` arguments: ``pipeline_parallel/schedules.py:596,2138`` (token counts),
+    ``optimizer/optimizer.py:473,481,485,907`` and ``optimizer/clip_grads.py:90,103,115,207`` (norms and overflow
+    flags), ``dist_checkpointing/exchange_utils.py:98-110,326`` and
+    ``dist_checkpointing/strategies/state_dict_saver.py:204`` (parallel save and load).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """``Tensor.type`` that answers ``torch.cuda.FloatTensor`` where torch says ``torch.FloatTensor``."""
+    if dtype is not None:
+        return _plain_type(tensor, dtype, *args, **kwargs)
+    name = _plain_type(tensor)
+    return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
+
+
+_mode: _CudaLiteralsToCpu | None = None
+
+
+def install_cpu_stand_ins() -> None:
+    """Redirect the CUDA calls of Megatron-Core to the CPU. Idempotent; does nothing where a CUDA device exists.
+
+    Imports Megatron-Core, and may be called before or after anything else has.
+    """
+    global _mode
+    if torch.cuda.is_available() or _mode is not None:
+        return
+
+    # tensor_parallel/mappings.py:91-181 and layers.py:552-607 (buffers of the sequence-parallel collectives),
+    # models/common/embeddings/rotary_pos_embedding.py:162, pipeline_parallel/p2p_communication.py:190-321 (received
+    # shapes and activations), distributed/param_and_grad_buffer.py:783-806 (parameter and gradient buffers).
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+
+    # pipeline_parallel/p2p_communication.py:242 (after exchanging shapes), dist_checkpointing/strategies/
+    # filesystem_async.py:230 and fully_parallel.py:281, timers.py:152,165. CPU work is done when its call returns.
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+
+    # models/common/language_module/language_module.py:244 (the tied embedding of the last pipeline stage),
+    # dist_checkpointing/exchange_utils.py:336,499.
+    Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+    # optimizer/distrib_optimizer.py:361,420 and optimizer/optimizer.py:671,690 sort parameters by
+    # "torch.cuda.FloatTensor"-like strings; optimizer/clip_grads.py:167 asserts one.
+    Tensor.type = _type  # type: ignore[method-assign]
+
+    # tensor_parallel/random.py:235-238,422 (the trackers of model-parallel random state) keep states of the CUDA
+    # generator; there is one generator here, the CPU's.
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    # tensor_parallel/random.py:36,74: its own helpers reach into torch._C and torch.cuda.default_generators, which are
+    # empty without a device.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    _mode = _CudaLiteralsToCpu()
+    _mode.__enter__()

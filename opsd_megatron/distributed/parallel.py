@@ -1,0 +1,155 @@
+"""The mesh: the one place that knows Megatron-Core's process groups. Everybody else is handed a :class:`ParallelDims`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from opsd_megatron.config import ParallelConfig
+from opsd_megatron.distributed.cpu import install_cpu_stand_ins
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelDims:
+    """Sizes, this rank's coordinates and process groups of the mesh.
+
+    Ranks are laid out tensor-parallel first, then data-parallel, then pipeline: neighbouring ranks share a
+    tensor-parallel group, the heaviest traffic.
+
+    Attributes:
+        tp: Tensor-parallel size.
+        pp: Pipeline stages.
+        dp: Data-parallel size.
+        sequence_parallel: Whether activations are sharded over ``tp_group`` along the sequence outside attention and
+            MLP.
+        rank: Rank in the world.
+        world_size: Processes of the job.
+        device: Where this rank computes.
+        pg_collection: The groups as Megatron-Core wants them handed over.
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    sequence_parallel: bool
+    rank: int
+    world_size: int
+    device: torch.device
+    pg_collection: ProcessGroupCollection
+    _owns_world: bool = False
+
+    @staticmethod
+    def initialize(parallel: ParallelConfig) -> ParallelDims:
+        """Join the job and build the mesh.
+
+        A default process group that exists already is used as it is. Otherwise one is made from torchrun's
+        environment, over NCCL where a CUDA device exists and over gloo elsewhere; without such an environment this
+        process is a world of its own.
+
+        Ranks: every rank of the world, once; :meth:`destroy` first to build another mesh.
+
+        Raises:
+            RuntimeError: The world size is not a multiple of ``tensor * pipeline`` (``Config.validate`` says so
+                earlier and better).
+        """
+        install_cpu_stand_ins()
+        device = _device()
+        owns_world = not dist.is_initialized()
+        if owns_world:
+            _join_world(device)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+        )
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        return ParallelDims(
+            tp=parallel.tensor,
+            pp=parallel.pipeline,
+            dp=groups.dp.size(),
+            sequence_parallel=parallel.sequence and parallel.tensor > 1,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            device=device,
+            pg_collection=groups,
+            _owns_world=owns_world,
+        )
+
+    def destroy(self) -> None:
+        """Take the mesh down, and the default process group too where :meth:`initialize` made it.
+
+        Ranks: every rank of the world.
+        """
+        parallel_state.destroy_model_parallel()
+        if self._owns_world:
+            dist.destroy_process_group()
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold shards of the same tensors."""
+        return self.pg_collection.tp
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold consecutive layers, first stage first."""
+        return self.pg_collection.pp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold equal weights and see different data."""
+        return self.pg_collection.dp
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's shard."""
+        return self.tp_group.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """This rank's pipeline stage."""
+        return self.pp_group.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's share of the data."""
+        return self.dp_group.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this stage embeds the tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this stage holds the output head and computes the loss."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def first_stage_rank(self) -> int:
+        """World rank of the first stage in this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, 0)
+
+    @property
+    def last_stage_rank(self) -> int:
+        """World rank of the last stage in this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.pp - 1)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_world(device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,56 @@
+"""Which modules the model is built from: Transformer Engine's on CUDA where it is installed, plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from opsd_megatron.errors import ConfigError
+
+Backend = Literal["torch", "transformer_engine"]
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """Resolve ``model.backend``.
+
+    Args:
+        name: ``auto``, ``torch`` or ``transformer_engine``.
+        device: Where the model will run.
+
+    Raises:
+        ConfigError: Transformer Engine was asked for and cannot be used.
+    """
+    if name == "torch":
+        return "torch"
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if name == "auto":
+        return "transformer_engine" if installed and device.type == "cuda" else "torch"
+    if device.type != "cuda":
+        raise ConfigError("model.backend=transformer_engine needs a CUDA device; use model.backend=auto or torch")
+    if not installed:
+        raise ConfigError(
+            "model.backend=transformer_engine needs the transformer_engine package (NVIDIA's containers hold it); "
+            "install it or use model.backend=auto or torch"
+        )
+    return "transformer_engine"
+
+
+def has_fused_weight_gradient() -> bool:
+    """Whether Apex's extension that accumulates weight gradients in float32 is installed."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def block_spec(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
+    """The ``num_layers`` layers of one pipeline stage and the final norm."""
+    if backend == "torch":
+        from opsd_megatron.models.torch_backend import block_spec as torch_block_spec
+
+        return torch_block_spec(num_layers)
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)

@@ -1,0 +1,110 @@
+"""The model: Megatron-Core's GPT that hands out hidden states, on this rank's part of the mesh."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from torch import Tensor
+
+from opsd_megatron.config import Config
+from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.models.backends import block_spec, choose_backend
+from opsd_megatron.models.qwen3 import Qwen3Spec, transformer_config
+from opsd_megatron.models.weight_map import find_placement, layer_offset, partition_dim
+from opsd_megatron.types import PackedSequences
+
+
+class HiddenStatesGPT(GPTModel):
+    """A ``GPTModel`` whose last stage returns hidden states after the final norm instead of logits.
+
+    The loss multiplies by the output head itself, for response rows only and in chunks.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def output_head(self) -> Tensor:
+        """This rank's vocabulary shard of the output head, ``[V/tp, H]``, padding rows included.
+
+        With tied embeddings it is the embedding itself, or on the last of several stages its copy, whose gradient
+        Megatron-Core adds to the first stage's.
+
+        Ranks: those of the last pipeline stage.
+        """
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return cast(Tensor, weight)
+
+
+def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> HiddenStatesGPT:
+    """This rank's shard of the model on ``dims.device``, with *uninitialised* weights: load them next.
+
+    Ranks: every rank (with tied embeddings over several stages the first and the last one communicate).
+
+    Raises:
+        ConfigError: ``model.backend`` asks for what is not there.
+    """
+    backend = choose_backend(config.model.backend, dims.device)
+    model = HiddenStatesGPT(
+        config=transformer_config(spec, config, dims, backend),
+        transformer_layer_spec=block_spec(backend, spec.num_layers // dims.pp),
+        vocab_size=spec.padded_vocab_size(dims.tp),
+        max_sequence_length=spec.max_positions,
+        pre_process=dims.is_first_stage,
+        post_process=dims.is_last_stage,
+        share_embeddings_and_output_weights=spec.tied,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+        pg_collection=dims.pg_collection,
+    )
+    _mark_sharded_parameters(model, spec, dims)
+    return model
+
+
+def _mark_sharded_parameters(model: HiddenStatesGPT, spec: Qwen3Spec, dims: ParallelDims) -> None:
+    """Say which parameters are tensor-parallel shards.
+
+    Megatron-Core's linear layers do so only while they draw initial weights. Unmarked, a shard counts as a replica,
+    and the gradient norm leaves out every rank's but the first.
+    """
+    for name, parameter in model.named_parameters():
+        dim = partition_dim(find_placement(name, spec, layer_offset(spec, dims)).rule)
+        if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def forward_packed(model: torch.nn.Module, sequences: PackedSequences) -> Tensor:
+    """Run one pipeline stage over packed sequences.
+
+    Ranks: every rank of a tensor-parallel group; under pipeline parallelism inside Megatron-Core's schedule, which
+    moves activations between stages.
+
+    Args:
+        model: What :func:`build_model` returned, plain or in Megatron-Core's data-parallel wrapper.
+        sequences: On the model's device. Under sequence parallelism T is a multiple of tp.
+
+    Returns:
+        Hidden states ``[T, 1, H]`` (``[T/tp, 1, H]`` under sequence parallelism) in the model's dtype, after the final
+        norm on the last stage.
+    """
+    packing = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=sequences.cu_seqlens,
+        cu_seqlens_kv=sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        max_seqlen_kv=sequences.max_seqlen,
+    )
+    hidden = model(
+        input_ids=sequences.ids.unsqueeze(0),
+        position_ids=sequences.positions.unsqueeze(0),
+        attention_mask=None,
+        packed_seq_params=packing,
+    )
+    return cast(Tensor, hidden)

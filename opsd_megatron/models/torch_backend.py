@@ -1,0 +1,118 @@
+"""The modules of the ``torch`` backend: what Transformer Engine provides elsewhere, written in plain PyTorch.
+
+They run on CPU and on CUDA. Attention runs one call for each packed sequence, which is exact everywhere but slower on
+CUDA than a kernel that takes all of them at once; Transformer Engine has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467), computed in float32.
+
+    Megatron-Core's own plain-torch norm refuses sequence parallelism. Under it every rank sees part of the sequence,
+    so the weight's gradient is a partial sum; the ``sequence_parallel`` mark has ``finalize_model_grads`` complete it.
+    The query and key norms see part of the heads under any tensor parallelism; those it recognises by name.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., hidden_size]`` to the same shape and dtype."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each of the packed sequences, through PyTorch's scaled-dot-product attention."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[T, heads/tp, head_dim]``.
+            key: ``[T, kv_heads/tp, head_dim]``.
+            value: Like ``key``.
+            attention_mask: Not used: the packing says what is visible.
+            packed_seq_params: Where sequences start and end.
+
+        Returns:
+            ``[T, heads/tp * head_dim]``.
+        """
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        # [T, n, d] -> [1, n, T, d], as scaled_dot_product_attention wants it.
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        attended = [
+            F.scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, enable_gqa=True
+            )
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+
+
+def block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """``num_layers`` layers and the final norm, built from this module and Megatron-Core's parallel linear layers."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoints use Transformer Engine's names, so that either backend loads the other's.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,287 @@
+"""How Megatron-Core's parameters correspond to Hugging Face's tensors, as data, and loading by it.
+
+Megatron-Core keeps two pairs of matrices together:
+
+* ``linear_qkv`` interleaves query, key and value rows by key/value head: ``[q..., k, v]`` of head 0, of head 1, ...;
+  a tensor-parallel shard holds whole heads.
+* ``linear_fc1`` stacks gate and up, each shard its own part of both: ``[gate_i; up_i]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.errors import ModelError
+from opsd_megatron.models.qwen3 import Qwen3Spec
+
+# How a parameter's shard is made of Hugging Face tensors: `whole` is replicated over tp, `rows` and `columns` are split
+# along that dimension, `vocab` is rows padded to a multiple of tp, `qkv` and `gate_up` as in the module docstring.
+Kind = Literal["whole", "rows", "columns", "vocab", "qkv", "gate_up"]
+
+
+class TensorReader(Protocol):
+    """Where tensors come from: a safetensors directory, or a dictionary in tests."""
+
+    def names(self) -> Iterable[str]:
+        """Every tensor there is."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of parameter.
+
+    Attributes:
+        mcore: Names of the parameter, after ``decoder.layers.N.`` for those of a layer: first the torch backend's, then
+            Transformer Engine's where that differs (its linear layers hold the norm before them).
+        hf: Names of the Hugging Face tensors it is made of, after ``model.layers.N.`` for those of a layer.
+        kind: How it is made.
+    """
+
+    mcore: tuple[str, ...]
+    hf: tuple[str, ...]
+    kind: Kind
+
+
+# In the order in which transformers writes the tensors.
+EMBEDDING = Rule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), "vocab")
+LAYER_RULES = (
+    Rule(
+        ("self_attention.linear_qkv.weight",),
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "qkv",
+    ),
+    Rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), "columns"),
+    Rule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",), "whole"),
+    Rule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",), "whole"),
+    Rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
+    Rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), "columns"),
+    Rule(
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), ("input_layernorm.weight",), "whole"
+    ),
+    Rule(
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        ("post_attention_layernorm.weight",),
+        "whole",
+    ),
+)
+FINAL_NORM = Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), "whole")
+HEAD = Rule(("output_layer.weight",), ("lm_head.weight",), "vocab")
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One parameter of the whole model: its rule and, for a layer's, the layer's number over all stages, from 0."""
+
+    rule: Rule
+    layer: int | None = None
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors it is made of."""
+        prefix = "" if self.layer is None else f"model.layers.{self.layer}."
+        return tuple(prefix + name for name in self.rule.hf)
+
+    def mcore_names(self, layer_offset: int) -> tuple[str, ...]:
+        """What it may be called on a pipeline stage whose first layer is ``layer_offset``."""
+        prefix = "" if self.layer is None else f"decoder.layers.{self.layer - layer_offset}."
+        return tuple(prefix + name for name in self.rule.mcore)
+
+
+def placements(spec: Qwen3Spec) -> Iterator[Placement]:
+    """Every parameter of the model in Hugging Face order; a tied head is not listed, it is the embedding."""
+    yield Placement(EMBEDDING)
+    for layer in range(spec.num_layers):
+        for rule in LAYER_RULES:
+            yield Placement(rule, layer)
+    yield Placement(FINAL_NORM)
+    if not spec.tied:
+        yield Placement(HEAD)
+
+
+def find_placement(name: str, spec: Qwen3Spec, layer_offset: int) -> Placement:
+    """The placement of a Megatron-Core parameter.
+
+    Args:
+        name: As ``named_parameters()`` of the unwrapped model gives it.
+        layer_offset: Layers on the pipeline stages before this one.
+
+    Raises:
+        KeyError: No rule covers the name: the model was built from other modules than this map knows.
+    """
+    if match := _LAYER.fullmatch(name):
+        for rule in LAYER_RULES:
+            if match[2] in rule.mcore:
+                return Placement(rule, int(match[1]) + layer_offset)
+    for rule in (EMBEDDING, FINAL_NORM, HEAD):
+        if name in rule.mcore:
+            # With tied embeddings the last of several stages holds a copy of the embedding as its head.
+            return Placement(EMBEDDING if rule is HEAD and spec.tied else rule)
+    raise KeyError(f"no rule for the parameter {name}")
+
+
+def layer_offset(spec: Qwen3Spec, dims: ParallelDims) -> int:
+    """Layers on the pipeline stages before this rank's."""
+    return spec.num_layers // dims.pp * dims.pp_rank
+
+
+def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor the model has, in Hugging Face order."""
+    query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (spec.vocab_size, spec.hidden_size),
+        "lm_head": (spec.vocab_size, spec.hidden_size),
+        "q_proj": (query, spec.hidden_size),
+        "k_proj": (key, spec.hidden_size),
+        "v_proj": (key, spec.hidden_size),
+        "o_proj": (spec.hidden_size, query),
+        "q_norm": (spec.head_dim,),
+        "k_norm": (spec.head_dim,),
+        "gate_proj": (spec.ffn_size, spec.hidden_size),
+        "up_proj": (spec.ffn_size, spec.hidden_size),
+        "down_proj": (spec.hidden_size, spec.ffn_size),
+        "input_layernorm": (spec.hidden_size,),
+        "post_attention_layernorm": (spec.hidden_size,),
+        "norm": (spec.hidden_size,),
+    }
+    return {name: shapes[name.split(".")[-2]] for place in placements(spec) for name in place.hf_names}
+
+
+def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
+    """Compare what there is with what ``config.json`` calls for. Reads no tensor.
+
+    A tied model may also store its head; it is ignored, as transformers does.
+
+    Raises:
+        ModelError: Tensors are missing, unexpected, or of another shape; names the first of them and their files.
+    """
+    expected = hf_shapes(spec)
+    found = set(reader.names())
+    if missing := [name for name in expected if name not in found]:
+        raise ModelError(f"{_source(reader)} {_list(missing)} missing; config.json calls for {len(expected)} tensors")
+    allowed = set(expected) | ({HEAD.hf[0]} if spec.tied else set())
+    if extra := sorted(found - allowed):
+        raise ModelError(
+            f"{_source(reader, extra[0])} {_list(extra)} not expected by config.json "
+            f"(num_hidden_layers={spec.num_layers}, tie_word_embeddings={str(spec.tied).lower()})"
+        )
+    for name, shape in expected.items():
+        if tuple(reader.shape(name)) != shape:
+            raise ModelError(
+                f"{_source(reader, name)} tensor {name} has shape {tuple(reader.shape(name))}, "
+                f"config.json calls for {shape}"
+            )
+
+
+def _source(reader: TensorReader, name: str | None = None) -> str:
+    """The file of a tensor, or the reader's directory, where the reader tells."""
+    if name is not None and hasattr(reader, "file_of"):
+        return f"{reader.file_of(name)}:"
+    return f"{reader.path}:" if hasattr(reader, "path") else "model weights:"
+
+
+def _list(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
+
+
+def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: int, tp_rank: int) -> Tensor:
+    """This tensor-parallel rank's shard of a parameter, in the stored dtype; reads only its rows where it can."""
+
+    def part(size: int) -> slice:
+        return slice(size // tp * tp_rank, size // tp * (tp_rank + 1))
+
+    names = place.hf_names
+    kind = place.rule.kind
+    if kind == "whole":
+        return reader.get(names[0])
+    if kind == "rows":
+        return reader.get(names[0], part(reader.shape(names[0])[0]))
+    if kind == "columns":
+        return reader.get(names[0])[:, part(reader.shape(names[0])[1])]
+    if kind == "gate_up":
+        return torch.cat([reader.get(name, part(spec.ffn_size)) for name in names])
+    if kind == "vocab":
+        rows = part(spec.padded_vocab_size(tp))
+        shard = reader.get(names[0], slice(min(rows.start, spec.vocab_size), min(rows.stop, spec.vocab_size)))
+        padding = shard.new_zeros(rows.stop - rows.start - shard.shape[0], spec.hidden_size)
+        return torch.cat([shard, padding])
+    heads = spec.num_kv_heads // tp
+    blocks = [reader.get(name, part(reader.shape(name)[0])).view(heads, -1, spec.hidden_size) for name in names]
+    return torch.cat(blocks, dim=1).flatten(0, 1)
+
+
+def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list[Tensor]:
+    """The full Hugging Face tensors of a parameter from all its shards: the inverse of :func:`read_shard`."""
+    kind = place.rule.kind
+    if kind == "whole":
+        return [shards[0]]
+    if kind == "columns":
+        return [torch.cat(shards, dim=1)]
+    if kind == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+    full = torch.cat(shards)
+    if kind == "rows":
+        return [full]
+    if kind == "vocab":
+        return [full[: spec.vocab_size]]
+    grouped = full.view(spec.num_kv_heads, -1, spec.hidden_size)
+    queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
+    return [part.flatten(0, 1) for part in grouped.split([queries, spec.head_dim, spec.head_dim], dim=1)]
+
+
+def shard_shape(place: Placement, spec: Qwen3Spec, tp: int) -> tuple[int, ...]:
+    """Shape of one tensor-parallel shard of a parameter."""
+    shapes = [hf_shapes(spec)[name] for name in place.hf_names]
+    kind = place.rule.kind
+    if kind == "whole":
+        return shapes[0]
+    if kind == "columns":
+        return (shapes[0][0], shapes[0][1] // tp)
+    if kind == "vocab":
+        return (spec.padded_vocab_size(tp) // tp, spec.hidden_size)
+    return (sum(shape[0] for shape in shapes) // tp, spec.hidden_size)
+
+
+def partition_dim(rule: Rule) -> int | None:
+    """The dimension a parameter is sharded along over tp; ``None`` where it is replicated."""
+    return {"whole": None, "columns": 1}.get(rule.kind, 0)
+
+
+@torch.no_grad()
+def load_hf_weights(
+    model: torch.nn.Module, spec: Qwen3Spec, reader: TensorReader, dims: ParallelDims
+) -> None:
+    """Fill ``model`` from Hugging Face tensors, cast to its dtype.
+
+    Every rank reads for itself, and only what it holds. Load before the model is wrapped for training: an optimizer
+    that keeps float32 master weights takes them when it is built.
+
+    Ranks: every rank (no collectives; all of them make the same checks and fail alike).
+
+    Raises:
+        ModelError: From :func:`check_tensors`.
+    """
+    check_tensors(spec, reader)
+    offset = layer_offset(spec, dims)
+    for name, parameter in model.named_parameters():
+        place = find_placement(name, spec, offset)
+        parameter.copy_(read_shard(place, spec, reader, tp=dims.tp, tp_rank=dims.tp_rank))
