@@ -87,7 +87,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
+    """Train as the command line says.
+
+    Ranks: every rank of the world, with equal arguments.
+
+    Raises:
+        OpsdError: Something the user can mend.
+    """
     options = _parse(arguments)
     config = compose_config(options.overrides, options.config_dir)
     if options.cfg == "job":
@@ -109,7 +116,7 @@ def main() -> int:
     """Run and return the exit status: 0, or ``EXIT_BAD_INPUT`` with one line on stderr for an :class:`OpsdError`."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        _run(sys.argv[1:])
+        run(sys.argv[1:])
     except OpsdError as error:
         if rank != 0:
             # Most errors are the same on every rank. Rank 0 reports; torchrun then ends the others within this time,

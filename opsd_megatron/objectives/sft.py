@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,15 +21,13 @@ class Sft:
 
     Attributes:
         config: Reduction and chunking.
-        prompts: Renders the prompts.
-        references: What a teacher-format row's prompt shows beyond the problem, by problem id.
+        prompts: Renders prompts and targets.
         vocab_size: Vocabulary without padding columns.
         tp_group: Tensor-parallel group of the head shards.
     """
 
     config: ObjectiveConfig
     prompts: PromptBuilder
-    references: Mapping[str, str | None]
     vocab_size: int
     tp_group: ProcessGroup | None
 
@@ -38,18 +36,10 @@ class Sft:
 
     def samples(self, problems: Sequence[Problem], rollouts: Sequence[Rollout]) -> list[AlignedSample]:
         """Each problem's own target after the prompt of its role."""
-        samples = [
-            AlignedSample(
-                student_prompt_ids=(
-                    self.prompts.student(problem)
-                    if problem.role == "student"
-                    else self.prompts.teacher(problem, self.references[problem.id])
-                ),
-                teacher_prompt_ids=None,
-                response_ids=self.prompts.response(problem),
-            )
-            for problem in problems
-        ]
+        samples = []
+        for problem in problems:
+            prompt_ids, response_ids = self.prompts.supervised(problem)
+            samples.append(AlignedSample(prompt_ids, None, response_ids))
         if self.config.reduction == "sequence":
             weights = sequence_mean_weights(samples)
             samples = [replace(sample, row_weight=weight) for sample, weight in zip(samples, weights, strict=True)]

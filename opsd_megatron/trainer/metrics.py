@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsd_megatron.telemetry.memory import memory_report
-from opsd_megatron.telemetry.metrics import MetricsWriter
+import torch
+
+from opsd_megatron.telemetry.files import write_atomically
+from opsd_megatron.telemetry.memory import peak_host_gib, take_peak_device_gib
+from opsd_megatron.telemetry.metrics import MetricsWriter, to_json_line
+from opsd_megatron.telemetry.nvml import DeviceMonitor
 from opsd_megatron.telemetry.progress import Progress
 from opsd_megatron.telemetry.timers import PhaseTimer
 from opsd_megatron.trainer.step import StepResult
@@ -24,13 +27,16 @@ class StepReporter:
         output_dir: The run's directory.
         writer: ``metrics.jsonl``; ``None`` on every rank but 0.
         progress: Bar or lines; ``None`` on every rank but 0.
+        monitor: Rank 0's device in NVML; ``None`` on every rank but 0.
+        device: Where this rank computes.
         save_rollouts: Write each step's rollouts to ``rollouts/step_N.jsonl``.
-        tensor_ranks: tp * pp, to count packed tokens once.
     """
 
     output_dir: Path
     writer: MetricsWriter | None
     progress: Progress | None
+    monitor: DeviceMonitor | None
+    device: torch.device
     save_rollouts: bool
     _first_divergence: float | None = field(default=None, init=False)
 
@@ -38,7 +44,7 @@ class StepReporter:
         """Report an evaluation that belongs to no optimizer step (the one before the first)."""
         if self.writer is None or result is None:
             return
-        self.writer.write({"step": step, "eval": result, "seconds": timer.seconds})
+        self.writer.write({"step": step, "eval": result, "seconds": timer.collect()})
         self._show_evaluation(step, result)
 
     def step(
@@ -51,10 +57,10 @@ class StepReporter:
         timer: PhaseTimer,
     ) -> None:
         """Report one optimizer step."""
-        if self.writer is None or self.progress is None:
+        if self.writer is None or self.progress is None or self.monitor is None:
             return
         packed = sum(sample.student_tokens + sample.teacher_tokens for sample in samples)
-        seconds = dict(timer.seconds)
+        seconds = timer.collect()
         trained = sum(seconds.get(phase, 0.0) for phase in ("rollout", "pack", "teacher", "student", "sync"))
         line: dict[str, Any] = {
             "step": step,
@@ -66,8 +72,12 @@ class StepReporter:
             "response_tokens_mean": result.rows / len(samples),
             "packed_tokens_per_second": packed / trained,
             "seconds": seconds,
-            "memory": memory_report(),
+            "peak_host_gib": peak_host_gib(),
+            **self.monitor.sample(),
         }
+        peak_device = take_peak_device_gib(self.device)
+        if peak_device is not None:
+            line["peak_device_gib"] = peak_device
         if rollouts:
             cut = sum(rollout.generation.finish_reason == "length" for rollout in rollouts)
             line["truncated"] = cut / len(rollouts)
@@ -86,8 +96,6 @@ class StepReporter:
         """Keep the step's rollouts as ``rollouts/step_N.jsonl``, one object a rollout."""
         if self.writer is None or not self.save_rollouts or not rollouts:
             return
-        directory = self.output_dir / "rollouts"
-        directory.mkdir(exist_ok=True)
         lines = (
             {
                 "problem_id": rollout.problem.id,
@@ -99,7 +107,8 @@ class StepReporter:
             }
             for rollout in rollouts
         )
-        (directory / f"step_{step}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path = self.output_dir / "rollouts" / f"step_{step}.jsonl"
+        write_atomically(path, (to_json_line(line) for line in lines))
 
     def close(self) -> None:
         """Finish the bar and the file."""

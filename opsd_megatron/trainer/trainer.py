@@ -71,7 +71,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to ``train.steps``, evaluating and saving as configured."""
-        timer = PhaseTimer()
+        timer = PhaseTimer(self.dims.device)
         self._sync(timer)
         if self.completed == 0 and self.config.evaluation.at_start:
             self.reporter.evaluation(0, self._evaluate(0, timer), timer)
@@ -81,16 +81,16 @@ class Trainer:
 
     def _step(self) -> None:
         step = self.completed + 1
-        timer = PhaseTimer()
+        timer = PhaseTimer(self.dims.device)
         problems = [self.problems[index] for index in self.sampler.next()]
-        with timer("rollout"):
+        with timer.phase("rollout"):
             rollouts = self._rollouts(problems, step)
-        with timer("pack"):
+        with timer.phase("pack"):
             samples = self.objective.samples(problems, rollouts)
             micro_batches = self._micro_batches(samples)
-        with timer("teacher"):
+        with timer.phase("teacher"):
             targets = [None] * len(micro_batches) if self.teacher is None else self.teacher.targets(micro_batches)
-        with timer("student"):
+        with timer.phase("student"):
             result = optimizer_step(self.trainable, self.objective, micro_batches, targets, self.dims)
         self._check_engine(result, step)
         self.completed = step
@@ -138,7 +138,7 @@ class Trainer:
 
     def _sync(self, timer: PhaseTimer) -> None:
         if self.engine is not None:
-            with timer("sync"):
+            with timer.phase("sync"):
                 self.engine.wake_up()
                 sync_weights(self.engine, self.trainable.model.module, self.spec, self.dims)
                 self.engine.sleep()
@@ -150,7 +150,7 @@ class Trainer:
         due = step == 0 or (settings.every and step % settings.every == 0) or (last and settings.at_end)
         if self.evaluator is None or self.engine is None or not due:
             return None
-        with timer("evaluation"):
+        with timer.phase("evaluation"):
             self.engine.wake_up()
             result = self.evaluator.evaluate(self.engine, step)
             self.engine.sleep()
@@ -161,7 +161,7 @@ class Trainer:
         last = step == self.config.train.steps
         if not ((settings.every and step % settings.every == 0) or (last and settings.at_end)):
             return
-        with timer("checkpoint"):
+        with timer.phase("checkpoint"):
             root = Path(self.config.output_dir) / "checkpoints"
             save_checkpoint(
                 root / f"step_{step}",
