@@ -83,7 +83,7 @@ def answers_by_vllm(model: Path, prompts: list[list[int]]) -> list[list[int]]:
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_LOGGING_LEVEL="ERROR",
         TORCH_COMPILE_DISABLE="1",
     )
     from vllm import LLM, SamplingParams
@@ -116,6 +116,7 @@ def first_disagreement(
 
 
 def main() -> int:
+    """Entry point; the exit code."""
     parser = argparse.ArgumentParser(description="Compare greedy answers of transformers and vLLM.")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--eval", type=Path, required=True, help="JSONL file with a column problem")

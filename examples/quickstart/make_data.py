@@ -79,6 +79,7 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
+    """Entry point."""
     parser = argparse.ArgumentParser(description="Write the quickstart's data as JSONL files.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the files")
     parser.add_argument("--seed", type=int, default=0)

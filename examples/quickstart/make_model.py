@@ -110,6 +110,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCau
 
 
 def main() -> None:
+    """Entry point."""
     parser = argparse.ArgumentParser(description="Write the quickstart's tiny Qwen3 as a Hugging Face directory.")
     parser.add_argument("--data", type=Path, required=True, help="directory that make_data.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="directory to create; must not exist")

@@ -116,6 +116,7 @@ def fresh_directory(output: Path) -> Path:
 
 
 def main() -> int:
+    """Entry point; the exit code."""
     parser = argparse.ArgumentParser(description="On-policy self-distillation of a tiny Qwen3 on two CPU cores.")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "quickstart", help="default: %(default)s")
     parser.add_argument("--fresh", action="store_true", help="start over in a new directory beside --output")

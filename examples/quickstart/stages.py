@@ -43,16 +43,16 @@ class StageRecord:
 
 
 class StageRunner:
-    """Runs stages in order; a stage's record in ``directory`` says that it is finished."""
+    """Runs stages in order; a stage's record in ``directory`` says that it is finished.
+
+    Args:
+        directory: Where records are kept.
+        cwd: Working directory of the children.
+        environment: Variables added to this process's own for the children.
+        total: Number of stages to come, for the headings.
+    """
 
     def __init__(self, directory: Path, *, cwd: Path, environment: dict[str, str], total: int) -> None:
-        """
-        Args:
-            directory: Where records are kept.
-            cwd: Working directory of the children.
-            environment: Variables added to this process's own for the children.
-            total: Number of stages to come, for the headings.
-        """
         self.records: list[StageRecord] = []
         self._directory = directory
         self._cwd = cwd

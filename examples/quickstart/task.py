@@ -1,4 +1,4 @@
-"""The quickstart's maths task: word problems that add two three-digit numbers, with solutions worth learning from.
+r"""The quickstart's maths task: word problems that add two three-digit numbers, with solutions worth learning from.
 
 A problem looks like ``Ann has 478 coins and finds 356 more. How many?``. Its *own-style* solution, the text a model is
 to produce, adds column by column from the right and then states the answer:
@@ -9,9 +9,9 @@ to produce, adds column by column from the right and then states the answer:
     4+3+1=8
     </think>
 
-    \\boxed{834}
+    \boxed{834}
 
-The *reference* is the same working in another style, on one line: ``8+6=14; 7+5+1=13; 4+3+1=8. So \\boxed{834}``. Only
+The *reference* is the same working in another style, on one line: ``8+6=14; 7+5+1=13; 4+3+1=8. So \boxed{834}``. Only
 the teacher reads it.
 
 The noise model makes a base model that can solve these problems but often does not: solutions it is warm-started on

@@ -205,9 +205,7 @@ def test_chat_template_follows_qwen3(tokenizer: Any) -> None:
     )
 
 
-def test_model_is_a_tied_qwen3_and_depends_on_the_seed_only(
-    quickstart: dict[str, ModuleType], tokenizer: Any
-) -> None:
+def test_model_is_a_tied_qwen3_and_depends_on_the_seed_only(quickstart: dict[str, ModuleType], tokenizer: Any) -> None:
     import torch
 
     make_model = quickstart["make_model"].make_model
