@@ -64,11 +64,11 @@ def install_cpu_stand_ins() -> None:
 
     # models/common/language_module/language_module.py:244 (the tied embedding of the last pipeline stage),
     # dist_checkpointing/exchange_utils.py:336,499.
-    Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     # optimizer/distrib_optimizer.py:361,420 and optimizer/optimizer.py:671,690 sort parameters by
     # "torch.cuda.FloatTensor"-like strings; optimizer/clip_grads.py:167 asserts one.
-    Tensor.type = _type  # type: ignore[method-assign]
+    Tensor.type = _type  # type: ignore[method-assign, assignment]
 
     # tensor_parallel/random.py:235-238,422 (the trackers of model-parallel random state) keep states of the CUDA
     # generator; there is one generator here, the CPU's.
@@ -82,4 +82,4 @@ def install_cpu_stand_ins() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     _mode = _CudaLiteralsToCpu()
-    _mode.__enter__()
+    _mode.__enter__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The mesh: the one place that knows Megatron-Core's process groups. Everybody else is handed a :class:`ParallelDims`."""
+"""The mesh, and the one place that knows Megatron-Core's global process groups: all others get a ParallelDims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules the model is built from: Transformer Engine's on CUDA where it is installed, plain PyTorch elsewhere."""
+"""What the model is built from: Transformer Engine's modules on CUDA where installed, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ from opsd_megatron.models.weight_map import HEAD, Placement, join_shards, layer_
 
 
 @torch.no_grad()
-def export_hf_weights(
-    model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDims
-) -> Iterator[tuple[str, Tensor]]:
+def export_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDims) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under its Hugging Face name, in the model's dtype, in the order transformers writes them.
 
     Vocabulary padding is stripped; a tied head is not repeated. Data-parallel replicas do the same work side by side.
@@ -28,6 +26,8 @@ def export_hf_weights(
 
     Args:
         model: The unwrapped model.
+        spec: What it was built from.
+        dims: The mesh it was built on.
     """
     parameters = dict(model.named_parameters())
     template = next(iter(parameters.values()))

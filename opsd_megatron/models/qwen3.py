@@ -1,4 +1,4 @@
-"""What a Qwen3's ``config.json`` says, the rules it sets for a run, and Megatron-Core's configuration made from both."""
+"""What a Qwen3's ``config.json`` says, the rules it sets for a run, and Megatron-Core's configuration from both."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from opsd_megatron.errors import ConfigError, ModelError
 from opsd_megatron.models.backends import Backend, has_fused_weight_gradient
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ def resolve_model_path(path_or_name: str | Path) -> Path:
         return path
     name = str(path_or_name)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model.path={name} is not a directory; pass a Hugging Face directory or a Hub name (org/model)")
+        raise ModelError(f"model {name} is not a directory; pass a Hugging Face directory or a Hub name (org/model)")
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # The Hub client raises many unrelated types: network, HTTP, validation, cache.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model.path={name} is not a local directory and the Hub model cannot be downloaded: {reason}"
+            f"model {name} is not a local directory and cannot be downloaded from the Hugging Face Hub: {reason}"
         ) from error
 
 
@@ -102,7 +103,7 @@ def read_spec(path: str | Path) -> Qwen3Spec:
     if not isinstance(raw, dict):
         raise ModelError(f"{file} holds a JSON {type(raw).__name__}, not an object")
     if raw.get("model_type") != "qwen3":
-        raise ModelError(f"{file}: model_type is {raw.get('model_type')!r}; only dense Qwen3 models ('qwen3') are supported")
+        raise ModelError(f"{file}: model_type is {raw.get('model_type')!r}; only dense Qwen3 ('qwen3') is supported")
     _check_supported(raw, file)
     spec = Qwen3Spec(
         num_layers=_positive(raw, "num_hidden_layers", file),
@@ -167,7 +168,7 @@ def _check_supported(raw: dict[str, Any], file: Path) -> None:
     rope = _rope(raw)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ModelError(f"{file}: rotary scaling {kind!r} is not supported; remove rope_scaling to use the model unscaled")
+        raise ModelError(f"{file}: rotary scaling {kind!r} is not supported; remove it to use the model unscaled")
     if raw.get("use_sliding_window"):
         raise ModelError(f"{file}: use_sliding_window=true is not supported")
     if other := sorted(set(raw.get("layer_types") or ()) - {"full_attention"}):
@@ -214,9 +215,8 @@ def _check_engine(spec: Qwen3Spec, config: Config) -> None:
     shared = spec.num_kv_heads % tensor == 0 or tensor % spec.num_kv_heads == 0
     if spec.num_heads % tensor or spec.ffn_size % tensor or not shared:
         raise ConfigError(
-            f"rollout.tensor={tensor} does not divide the model's {spec.num_heads} attention heads, "
-            f"{spec.num_kv_heads} key/value heads and {spec.ffn_size} FFN rows; parallel.tensor={config.parallel.tensor} "
-            "would"
+            f"rollout.tensor={tensor} does not fit the model's {spec.num_heads} attention heads, {spec.num_kv_heads} "
+            f"key/value heads and {spec.ffn_size} FFN rows; {config.parallel.tensor}, as parallel.tensor, would"
         )
     length = spec.max_positions if config.model.max_length is None else config.model.max_length
     if config.rollout.max_new_tokens >= length:

@@ -6,6 +6,7 @@ CUDA than a kernel that takes all of them at once; Transformer Engine has one.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class PackedAttention(torch.nn.Module):
             F.scaled_dot_product_attention(
                 query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, enable_gqa=True
             )
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            for start, end in pairwise(bounds)
         ]
         return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 

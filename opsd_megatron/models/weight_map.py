@@ -21,9 +21,10 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ModelError
 from opsd_megatron.models.qwen3 import Qwen3Spec
 
-# How a parameter's shard is made of Hugging Face tensors: `whole` is replicated over tp, `rows` and `columns` are split
-# along that dimension, `vocab` is rows padded to a multiple of tp, `qkv` and `gate_up` as in the module docstring.
-Kind = Literal["whole", "rows", "columns", "vocab", "qkv", "gate_up"]
+# How a parameter's shard is made of Hugging Face tensors: `whole` is replicated over tp, `columns` is split along
+# dimension 1, `vocab` along dimension 0 after padding to a multiple of tp, `qkv` and `gate_up` along dimension 0 as in
+# the module docstring.
+Kind = Literal["whole", "columns", "vocab", "qkv", "gate_up"]
 
 
 class TensorReader(Protocol):
@@ -121,6 +122,7 @@ def find_placement(name: str, spec: Qwen3Spec, layer_offset: int) -> Placement:
 
     Args:
         name: As ``named_parameters()`` of the unwrapped model gives it.
+        spec: What the model was built from.
         layer_offset: Layers on the pipeline stages before this one.
 
     Raises:
@@ -144,6 +146,10 @@ def layer_offset(spec: Qwen3Spec, dims: ParallelDims) -> int:
 
 def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor the model has, in Hugging Face order."""
+    return {name: _hf_shape(name, spec) for place in placements(spec) for name in place.hf_names}
+
+
+def _hf_shape(name: str, spec: Qwen3Spec) -> tuple[int, ...]:
     query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "embed_tokens": (spec.vocab_size, spec.hidden_size),
@@ -161,7 +167,7 @@ def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
         "post_attention_layernorm": (spec.hidden_size,),
         "norm": (spec.hidden_size,),
     }
-    return {name: shapes[name.split(".")[-2]] for place in placements(spec) for name in place.hf_names}
+    return shapes[name.split(".")[-2]]
 
 
 def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
@@ -212,8 +218,6 @@ def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: i
     kind = place.rule.kind
     if kind == "whole":
         return reader.get(names[0])
-    if kind == "rows":
-        return reader.get(names[0], part(reader.shape(names[0])[0]))
     if kind == "columns":
         return reader.get(names[0])[:, part(reader.shape(names[0])[1])]
     if kind == "gate_up":
@@ -224,7 +228,7 @@ def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: i
         padding = shard.new_zeros(rows.stop - rows.start - shard.shape[0], spec.hidden_size)
         return torch.cat([shard, padding])
     heads = spec.num_kv_heads // tp
-    blocks = [reader.get(name, part(reader.shape(name)[0])).view(heads, -1, spec.hidden_size) for name in names]
+    blocks = [reader.get(name, part(reader.shape(name)[0])).reshape(heads, -1, spec.hidden_size) for name in names]
     return torch.cat(blocks, dim=1).flatten(0, 1)
 
 
@@ -239,8 +243,6 @@ def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
     full = torch.cat(shards)
-    if kind == "rows":
-        return [full]
     if kind == "vocab":
         return [full[: spec.vocab_size]]
     grouped = full.view(spec.num_kv_heads, -1, spec.hidden_size)
@@ -250,7 +252,7 @@ def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list
 
 def shard_shape(place: Placement, spec: Qwen3Spec, tp: int) -> tuple[int, ...]:
     """Shape of one tensor-parallel shard of a parameter."""
-    shapes = [hf_shapes(spec)[name] for name in place.hf_names]
+    shapes = [_hf_shape(name, spec) for name in place.hf_names]
     kind = place.rule.kind
     if kind == "whole":
         return shapes[0]
@@ -267,9 +269,7 @@ def partition_dim(rule: Rule) -> int | None:
 
 
 @torch.no_grad()
-def load_hf_weights(
-    model: torch.nn.Module, spec: Qwen3Spec, reader: TensorReader, dims: ParallelDims
-) -> None:
+def load_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, reader: TensorReader, dims: ParallelDims) -> None:
     """Fill ``model`` from Hugging Face tensors, cast to its dtype.
 
     Every rank reads for itself, and only what it holds. Load before the model is wrapped for training: an optimizer
