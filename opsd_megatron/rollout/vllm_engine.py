@@ -1,0 +1,443 @@
+"""vLLM inside the trainer's own ranks: the one module that imports vllm, and only once an engine starts.
+
+Every rank holds a slice of an engine (``distributed_executor_backend="external_launcher"``). Engine groups of
+``config.engine_tensor`` neighbouring ranks tile the world; each group is a replica and draws its own share of the
+prompts. vLLM runs in the trainer's process, so whatever it changes there is put back: see :func:`_process_state_kept`.
+
+Written against vLLM 0.31 and 0.32. The CUDA branches (sleep and wake, memory fraction) have not been run by the tests,
+which have no GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import random
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opsd_megatron.config import Config
+from opsd_megatron.distributed.collectives import broadcast_object, gather_objects
+from opsd_megatron.errors import EngineError
+from opsd_megatron.rollout.engine import Sampling
+from opsd_megatron.types import FinishReason, Generation
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.outputs import RequestOutput
+
+# Sequences decoded at a time and tokens run through the model at a time. On CPU there is no memory profile for vLLM to
+# choose by; on CUDA its own defaults for the device hold.
+_CPU_MAX_SEQUENCES = 256
+_CPU_MAX_BATCHED_TOKENS = 8192
+
+
+class VllmEngine:
+    """A :class:`~opsd_megatron.rollout.engine.RolloutEngine` on co-located vLLM.
+
+    What a response depends on: with its seed it is drawn by its own generator, so replicas, call order and the other
+    requests enter only through floating-point rounding. vLLM's matrix products round differently for different batch
+    sizes: the same prompt and seed in another batch has log-probs equal to about 1e-6 (float32), not bit for bit, and
+    a response can therefore change where two draws fall within that distance. The same call on the same mesh with the
+    same weights repeats bit for bit on CPU.
+    """
+
+    def __init__(self, llm: LLM, stop_ids: Sequence[int], *, replicas: int, replica: int, max_length: int) -> None:
+        """Use :meth:`start`."""
+        self._llm: LLM | None = llm
+        self._stop_ids = list(stop_ids)
+        self._replicas = replicas
+        self._replica = replica
+        self._max_length = max_length
+        self._can_sleep = torch.cuda.is_available()
+        self._asleep = False
+
+    @classmethod
+    def start(cls, model_path: Path, config: Config, *, max_length: int) -> VllmEngine:
+        """Load the model at ``model_path`` and reserve the key/value cache. Takes 10 to 30 s, most of it imports.
+
+        Megatron's process groups may be made before or after.
+
+        Args:
+            model_path: Hugging Face directory with ``config.json``, safetensors and, for the end-of-sequence token,
+                ``generation_config.json`` or a tokenizer.
+            config: ``model.dtype``, ``engine_tensor`` and ``rollout`` are used.
+            max_length: Longest sequence (prompt and response) in tokens.
+
+        Raises:
+            EngineError: vLLM is not installed, the directory is not usable, or the model or its cache does not fit.
+
+        Ranks: every rank of the world, after ``torch.distributed`` is initialised. What a rank finds before vLLM
+        builds its groups is raised on every rank; a later failure of one rank alone ends the others when it exits.
+        """
+        prepare_environment()
+        stop_ids: tuple[int, ...] = ()
+        cause: Exception | None = None
+        problem: str | None = None
+        try:
+            stop_ids = stop_token_ids(model_path)
+            with _process_state_kept():
+                _import_vllm()
+        except EngineError as error:
+            cause, problem = error, str(error)
+        _raise_on_every_rank(problem, cause)
+        with _process_state_kept(), _private_shared_memory():
+            llm = _build_llm(model_path, config, max_length)
+        world, tensor = dist.get_world_size(), config.engine_tensor
+        return cls(llm, stop_ids, replicas=world // tensor, replica=dist.get_rank() // tensor, max_length=max_length)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """See :meth:`RolloutEngine.generate`. Log-probs are at temperature 1, before top-p and top-k.
+
+        Each replica draws one run of neighbouring prompts, so that repeats of a prompt share its cached prefix.
+
+        Raises:
+            EngineError: A prompt is empty or leaves no room for a response, or the ranks of a replica disagree.
+
+        Ranks: every rank of the world with equal arguments; complete on every rank.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self._max_length:
+                raise EngineError(
+                    f"prompt {index} has {len(prompt)} tokens; the engine takes 1 to {self._max_length - 1}. "
+                    "Raise model.max_length or lower data.max_prompt_tokens"
+                )
+        own = share(len(prompts), self._replicas, self._replica)
+        with _random_state_kept():
+            outputs = self._draw([prompts[i] for i in own], [seeds[i] for i in own], sampling)
+        return self._gather(outputs)
+
+    def _draw(self, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Generation]:
+        if not prompts:  # fewer prompts than replicas
+            return []
+        outputs = self._running.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [_sampling_params(sampling, seed, self._stop_ids) for seed in seeds],
+            use_tqdm=False,
+        )
+        return [_generation(output) for output in outputs]
+
+    def _gather(self, own: list[Generation]) -> list[Generation]:
+        """All replicas' generations in order. The first rank of each replica sends them, the others their hash."""
+        tensor = dist.get_world_size() // self._replicas
+        digest = hash(tuple(generation.token_ids for generation in own))
+        mine = own if dist.get_rank() % tensor == 0 else None
+        gathered = gather_objects((digest, mine))
+        everything: list[Generation] = []
+        for rank, (rank_digest, generations) in enumerate(gathered):
+            if generations is not None:
+                everything.extend(generations)
+            if rank_digest != gathered[rank - rank % tensor][0]:
+                raise EngineError(
+                    f"ranks {rank - rank % tensor} and {rank} share an engine replica and sampled different tokens; "
+                    "rollout.tensor=1 avoids it"
+                )
+        return everything
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """See :meth:`RolloutEngine.update_weights`. Cached prefixes are dropped: they came from the old weights.
+
+        ``reload_weights`` puts every layer back into checkpoint layout, runs the model's own ``load_weights`` over the
+        iterator (which shards and casts), repacks each layer once its last tensor has come and copies the result into
+        the tensors the engine already uses, so CUDA graphs stay valid. Tensors are held until their layer is complete:
+        the iterator must not reuse their storage. A parameter that never comes keeps its old value with no more than a
+        log line; ``weight_sync`` therefore checks the names.
+
+        Ranks: every rank of the world; each drains its iterator to the end, tensor by tensor in step, since getting
+        the next one may be collective.
+        """
+        if self._asleep:  # the key/value cache stays released until wake_up
+            self._running.wake_up(tags=["weights"])
+        with torch.no_grad(), _random_state_kept():
+            self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        left = next(weights, None)
+        if left is not None:
+            raise AssertionError(f"the engine stopped reading weights before {left[0]}")
+        self._running.reset_prefix_cache()
+
+    def wake_up(self) -> None:
+        """See :meth:`RolloutEngine.wake_up`."""
+        if self._asleep:
+            self._running.wake_up()
+            self._asleep = False
+
+    def sleep(self) -> None:
+        """See :meth:`RolloutEngine.sleep`. Weights move to host memory (level 1); the cache is dropped."""
+        if self._can_sleep and not self._asleep:
+            self._running.sleep(level=1)
+            self._asleep = True
+
+    def close(self) -> None:
+        """Stop the engine, free its memory and its process groups; the default group and the trainer's stay.
+
+        Ranks: every rank of the world. Calling it again does nothing.
+        """
+        if self._llm is None:
+            return
+        with _default_group_kept():
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+
+    @property
+    def _running(self) -> LLM:
+        if self._llm is None:
+            raise EngineError("the rollout engine is closed")
+        return self._llm
+
+
+def share(num: int, replicas: int, replica: int) -> range:
+    """The indices of ``num`` items that belong to ``replica``: a run, in the replicas' order, sizes at most 1 apart."""
+    return range(num * replica // replicas, num * (replica + 1) // replicas)
+
+
+def stop_token_ids(model_path: Path) -> tuple[int, ...]:
+    """The tokens that end a response: those of the generation config (else of the model config) and the tokenizer's.
+
+    Raises:
+        EngineError: ``model_path`` has no readable ``config.json``, or names no end-of-sequence token anywhere.
+    """
+    stop: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = model_path / name
+        if name == "config.json" or path.is_file():
+            try:
+                named = json.loads(path.read_text()).get("eos_token_id")
+            except (OSError, ValueError, AttributeError) as error:
+                raise EngineError(f"{path} cannot be read: {error}") from error
+            stop.update([named] if isinstance(named, int) else named or [])
+        if stop:
+            break
+    if (model_path / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        eos = AutoTokenizer.from_pretrained(model_path).eos_token_id
+        stop.update([] if eos is None else [eos])
+    if not stop:
+        raise EngineError(
+            f"{model_path} names no end-of-sequence token: set eos_token_id in its generation_config.json"
+        )
+    return tuple(sorted(stop))
+
+
+def prepare_environment() -> None:
+    """Set the environment variables vLLM reads. Must run before the first import of vllm; calling it again is harmless.
+
+    Variables the user has set are kept, except the one without which co-located engines cannot work.
+    """
+    # Engine and trainer share a process: the scheduler must run here, not in a child.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # At WARNING each rank prints a page on choices made here on purpose.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if torch.cuda.is_available():
+        return
+    # Compiling vLLM's small sampling helpers takes 4 to 16 s and a C++ compiler, and gains nothing on CPU.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    dynamo = sys.modules.get("torch._dynamo.config")
+    if dynamo is not None and os.environ["TORCH_COMPILE_DISABLE"] == "1":  # it has read the variable already
+        dynamo.disable = True  # type: ignore[attr-defined]
+
+
+def _import_vllm() -> None:
+    # vLLM logs while it is being imported, before it configures its logger.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"vllm cannot be imported ({error}); install the package with its cpu or gpu extra, or pass "
+            "rollout.engine=scripted"
+        ) from error
+
+
+def _build_llm(model_path: Path, config: Config, max_length: int) -> LLM:
+    from vllm import LLM
+
+    # What torchrun sets and the external launcher reads; a process started without it is a world of its own.
+    os.environ.setdefault("RANK", str(dist.get_rank()))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    options: dict[str, Any] = {
+        "model": str(model_path),
+        "dtype": config.model.dtype,
+        "tensor_parallel_size": config.engine_tensor,
+        "distributed_executor_backend": "external_launcher",
+        "max_model_len": max_length,
+        "logprobs_mode": "raw_logprobs",
+        "enable_prefix_caching": True,
+        # Tokens in, tokens out: sampling is given in full with every request and nothing is decoded.
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "seed": 0,
+        "use_tqdm_on_load": False,
+    }
+    if torch.cuda.is_available():
+        options |= {
+            "gpu_memory_utilization": config.rollout.memory_fraction,
+            "enable_sleep_mode": True,
+            "enforce_eager": config.rollout.enforce_eager,
+        }
+    else:
+        options |= {
+            "kv_cache_memory_bytes": int(config.rollout.kv_cache_gib * 2**30),
+            "enforce_eager": True,
+            "max_num_seqs": _CPU_MAX_SEQUENCES,
+            "max_num_batched_tokens": _CPU_MAX_BATCHED_TOKENS,
+        }
+    try:
+        return LLM(**options)
+    except Exception as error:
+        raise EngineError(_start_failure(error, config, max_length)) from error
+
+
+def _start_failure(error: Exception, config: Config, max_length: int) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    rollout = config.rollout
+    if any(sign in text.lower() for sign in ("kv cache", "memory")):
+        size = (
+            f"rollout.memory_fraction={rollout.memory_fraction}"
+            if torch.cuda.is_available()
+            else f"rollout.kv_cache_gib={rollout.kv_cache_gib}"
+        )
+        remedy = f"change {size}, or lower model.max_length (now {max_length})"
+    elif "divisible" in text:
+        remedy = f"choose rollout.tensor (now {config.engine_tensor}) so that it divides the attention heads"
+    else:
+        remedy = "VLLM_LOGGING_LEVEL=INFO shows vLLM's own account"
+    return f"the rollout engine did not start: {text}; {remedy}"
+
+
+def _sampling_params(sampling: Sampling, seed: int, stop_ids: list[int]) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        stop_token_ids=stop_ids,
+        logprobs=0,  # the sampled token's only
+        detokenize=False,
+    )
+
+
+def _generation(request: RequestOutput) -> Generation:
+    output = request.outputs[0]
+    reasons: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+    if output.finish_reason not in reasons or output.logprobs is None:
+        raise EngineError(f"the rollout engine ended a response with {output.finish_reason!r}")
+    tokens = tuple(output.token_ids)
+    log_probs = tuple(float(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True))
+    return Generation(tokens, log_probs, reasons[output.finish_reason])
+
+
+def _raise_on_every_rank(problem: str | None, cause: Exception | None) -> None:
+    """Raise on all ranks if any has a problem, so that none waits for one that left. Ranks: every rank of the world."""
+    first = next((text for text in gather_objects(problem) if text is not None), None)
+    if first is not None:
+        raise EngineError(problem or first) from cause
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global random number generators back: vLLM seeds them at its start and advances torch's as it samples."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Put back what importing and starting vLLM changes in a process that is the trainer's too.
+
+    On CPU it replaces ``torch.set_num_threads`` by a function that does nothing, sets ``LOCAL_WORLD_SIZE`` to the
+    engine's size, and adds to ``LD_PRELOAD``, which child processes would inherit. Thread count, core affinity and
+    default dtype come back too: vLLM 0.32 leaves them alone here, other versions bind threads to cores.
+    """
+    environment, set_num_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
+    dtype, affinity = torch.get_default_dtype(), os.sched_getaffinity(0)
+    try:
+        with _random_state_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM touches every name torch has deprecated
+            yield
+    finally:
+        for name in {*os.environ, *environment}:
+            if name in environment:
+                os.environ[name] = environment[name]
+            elif not name.startswith("VLLM_"):
+                del os.environ[name]
+        torch.set_num_threads = set_num_threads
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if os.sched_getaffinity(0) != affinity:
+            os.sched_setaffinity(0, affinity)
+
+
+@contextmanager
+def _private_shared_memory() -> Iterator[None]:
+    """On CPU, give this engine's shared memory a name no other job on the machine has.
+
+    vLLM derives the name from the launcher's address, which under ``external_launcher`` is the constant ``env://``:
+    a second job with an engine of the same size fails with "create shm in SHMManager failed. errno: 17", and so does
+    the next one after a job that was killed. The address is otherwise unused once the default group exists.
+
+    Ranks: every rank of the world.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    name = broadcast_object(f"opsd-{uuid.uuid4().hex[:12]}")
+    original: Callable[[Any], tuple[str, int, int]] = ExecutorWithExternalLauncher._distributed_args
+
+    def arguments(executor: Any) -> tuple[str, int, int]:
+        address, rank, local_rank = original(executor)
+        return f"{address}:{name}", rank, local_rank
+
+    ExecutorWithExternalLauncher._distributed_args = arguments
+    try:
+        yield
+    finally:
+        ExecutorWithExternalLauncher._distributed_args = original
+
+
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """Keep the default process group, which the trainer still uses: vLLM's shutdown destroys it with its own groups."""
+    destroy = dist.destroy_process_group
+
+    def destroy_given(group: dist.ProcessGroup | None = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    dist.destroy_process_group = destroy_given
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
