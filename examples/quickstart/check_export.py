@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from make_data import write_atomically
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from opsd_megatron.telemetry.files import write_atomically
 
 MAX_NEW_TOKENS = 64
 TIE = 1e-4  # gap of two logits, far above float32 rounding here (about 1e-6) and far below any preference
@@ -142,7 +143,7 @@ def main() -> int:
         print(f"  prompt {entry.prompt}, token {entry.position}: logits {entry.gap:.1e} apart, {kind}")
     report = {"prompts": len(prompts), "equal": equal, "disagreements": [asdict(entry) for entry in disagreements]}
     if not failures:
-        write_atomically(arguments.output, [json.dumps(report, indent=2)])
+        write_atomically(arguments.output, [json.dumps(report, indent=2) + "\n"])
     return 1 if failures else 0
 
 

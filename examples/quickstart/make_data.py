@@ -12,14 +12,14 @@ Three JSONL files, no sum of which occurs in another one:
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import task
+
+from opsd_megatron.telemetry.files import write_atomically
+from opsd_megatron.telemetry.metrics import to_json_line
 
 WARM_START_ROWS = 800 * 32
 TRAIN_ROWS = 30 * 32
@@ -63,30 +63,14 @@ def make_data(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write ``lines`` so that ``path`` either holds all of them or is left as it was."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description="Write the quickstart's data as JSONL files.")
     parser.add_argument("--output", type=Path, required=True, help="directory for the files")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for name, rows in make_data(arguments.seed).items():
-        write_atomically(arguments.output / name, (json.dumps(row) for row in rows))
+        write_atomically(arguments.output / name, map(to_json_line, rows))
         print(f"{len(rows):6,} rows in {arguments.output / name}")
 
 

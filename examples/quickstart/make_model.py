@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opsd_megatron.checkpoint.atomic import atomic_directory
+from opsd_megatron.errors import EXIT_BAD_INPUT, CheckpointError
 
 PROMPTS = Path(__file__).parent / "prompts"
 VOCABULARY = 384
@@ -109,28 +111,27 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCau
     return model
 
 
-def main() -> None:
-    """Entry point."""
+def main() -> int:
+    """Entry point; the exit code."""
     parser = argparse.ArgumentParser(description="Write the quickstart's tiny Qwen3 as a Hugging Face directory.")
     parser.add_argument("--data", type=Path, required=True, help="directory that make_data.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="directory to create; must not exist")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.output.exists():
-        parser.error(f"{arguments.output} exists already")
     transformers.utils.logging.disable_progress_bar()
     with (arguments.data / "warm_start.jsonl").open(encoding="utf-8") as file:
         tokenizer = make_tokenizer(training_texts(json.loads(line) for line in file))
     model = make_model(tokenizer, arguments.seed)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed, so that the directory is complete wherever it exists.
-    temporary = Path(tempfile.mkdtemp(dir=arguments.output.parent, prefix=f".{arguments.output.name}."))
-    tokenizer.save_pretrained(temporary)
-    model.save_pretrained(temporary)
-    temporary.chmod(0o755)
-    os.replace(temporary, arguments.output)
+    try:
+        with atomic_directory(arguments.output) as directory:
+            tokenizer.save_pretrained(directory)
+            model.save_pretrained(directory)
+    except CheckpointError as error:
+        print(f"make_model.py: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     print(f"Qwen3 with {model.num_parameters():,} parameters and {len(tokenizer)} tokens in {arguments.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import report
-from make_data import write_atomically
 from stages import StageError, StageRunner, cost_table
+
+from opsd_megatron.telemetry.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -93,7 +94,7 @@ def summarise(output: Path, stages: StageRunner) -> bool:
         "total_seconds": round(sum(record.seconds for record in stages.records), 1),
         "peak_memory_gib": max(record.peak_memory_gib for record in stages.records),
     }
-    write_atomically(output / "summary.json", [json.dumps(summary, indent=2)])
+    write_atomically(output / "summary.json", [json.dumps(summary, indent=2) + "\n"])
     report.save_picture(output / "curves.png", opsd, control)
 
     print("\n" + cost_table(stages.records))

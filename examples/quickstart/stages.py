@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from make_data import write_atomically
+
+from opsd_megatron.telemetry.files import write_atomically
 
 GIB = 2**30
 
@@ -79,7 +80,7 @@ class StageRunner:
         else:
             _say("$ python " + " ".join(command))
             record = self._measure(name, command)
-            write_atomically(path, [json.dumps(asdict(record), indent=2)])
+            write_atomically(path, [json.dumps(asdict(record), indent=2) + "\n"])
         self.records.append(record)
         return record
 

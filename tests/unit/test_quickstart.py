@@ -148,19 +148,6 @@ def test_data_depends_on_the_seed_only(quickstart: dict[str, ModuleType], rows: 
     assert make_data(seed=1)["eval.jsonl"] != rows["eval.jsonl"]
 
 
-def test_a_failed_write_leaves_the_old_file(quickstart: dict[str, ModuleType], tmp_path: Path) -> None:
-    def lines() -> Iterator[str]:
-        yield "new"
-        raise RuntimeError("interrupted")
-
-    target = tmp_path / "file.jsonl"
-    target.write_text("old\n")
-    with pytest.raises(RuntimeError, match="interrupted"):
-        quickstart["make_data"].write_atomically(target, lines())
-    assert target.read_text() == "old\n"
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def test_tokenizer_keeps_digits_alone_and_round_trips(tokenizer: Any, rows: dict[str, Any]) -> None:
     assert len(tokenizer) == 384
     assert tokenizer.tokenize("1234+5") == ["1", "2", "3", "4", "+", "5"]
