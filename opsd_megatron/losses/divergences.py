@@ -1,0 +1,146 @@
+"""The divergence family, one vocabulary entry at a time: pure elementwise maths, no reduction and no process group.
+
+With ``s = log p_S`` and ``t = log p_T`` at one row and entry, every member has a term ``d`` whose sum over the
+vocabulary is the divergence, and a derivative ``g = dd/ds``:
+
+====================  ==================================================  =====================
+beta                  d                                                   g
+====================  ==================================================  =====================
+0 (forward KL)        e^t (t - s)                                         -e^t
+between               beta e^t (t - log m) + (1-beta) e^s (s - log m)     (1-beta) e^s (s - log m)
+1 (reverse KL)        e^s (s - t)                                         e^s (s - t + 1)
+====================  ==================================================  =====================
+
+with ``m = (1-beta) p_S + beta p_T``. The endpoints are special cases, not limits: the limit of the middle row is 0.
+
+A clip ``tau`` acts in one of these ways (``clip_mode``):
+
+- ``entry``: ``min(d, tau)`` per entry, before the sum, as in OPSD (arXiv 2601.18734). At beta 0 and 1 entries are
+  signed, so the clipped sum can go below zero and is then no divergence; watch the unclipped one.
+- ``bregman``: the same clamp on terms that are non-negative and have the same unclipped sum:
+  ``e^t (t - s) - e^t + e^s`` at beta 0, ``e^s (s - t) - e^s + e^t`` at beta 1. Equal to ``entry`` in between.
+- ``rescale``: the row's sum ``L`` times ``tau / max(tau, L)`` with the factor held constant: the gradient is scaled
+  and its direction kept.
+- ``token``: ``min(L, tau)`` per row; a clipped row has no gradient.
+- ``none``: no clip.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+ClipMode = Literal["entry", "bregman", "rescale", "token", "none"]
+
+# Log-probability of an entry whose logit is -inf. Finite, so that 0 * log 0 is 0 and a difference of two is 0.
+LOG_ZERO = -1e30
+
+
+@dataclass(frozen=True)
+class DivergenceSpec:
+    """Which divergence, and how it is clipped.
+
+    Attributes:
+        beta: 0 is forward KL(teacher || student), 1 reverse KL, in between generalized Jensen-Shannon.
+        temperature: Both sides' logits are divided by it; the one the student samples with.
+        clip: Upper clip tau; ``None`` for no clip.
+        clip_mode: Where the clip acts, see the module's docstring.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    beta: float
+    temperature: float = 1.0
+    clip: float | None = None
+    clip_mode: ClipMode = "entry"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta} must be between 0 and 1")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature} must be a finite number above 0")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip} must be above 0, or None for no clip")
+        if self.clip_mode not in get_args(ClipMode):
+            raise ValueError(f"clip_mode={self.clip_mode!r} is not one of {', '.join(get_args(ClipMode))}")
+
+    @property
+    def entry_clip(self) -> float | None:
+        """The clip on single vocabulary entries, if this mode has one."""
+        return self.clip if self.clip_mode in ("entry", "bregman") else None
+
+    @property
+    def row_clip(self) -> float | None:
+        """The clip on a row's sum, if this mode has one."""
+        return self.clip if self.clip_mode in ("rescale", "token") else None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The terms of a block of vocabulary entries, all of the shape of the log-probabilities they came from.
+
+    Attributes:
+        student_prob: ``e^s``.
+        teacher_prob: ``e^t``.
+        value: ``d``, before any clip.
+        slope: ``h = a g + c e^s`` with ``a`` the mask of entries not clipped. Adding a multiple ``c`` of ``e^s`` leaves
+            the gradient of the loss with respect to the logits, ``h - e^s sum(h)``, as it is; ``c`` is such that ``h``
+            is exactly zero wherever ``s == t`` and nothing is clipped, so equal sides get an exactly zero gradient.
+        clipped: Which entries are clipped; ``None`` where no entry can be.
+    """
+
+    student_prob: Tensor
+    teacher_prob: Tensor
+    value: Tensor
+    slope: Tensor
+    clipped: Tensor | None
+
+
+def divergence_entries(student_log_prob: Tensor, teacher_log_prob: Tensor, spec: DivergenceSpec) -> Entries:
+    """The divergence's terms and slopes from log-probabilities of any equal shape, at or above ``LOG_ZERO``."""
+    s, t = student_log_prob, teacher_log_prob
+    p, q = s.exp(), t.exp()
+    bregman = spec.clip_mode == "bregman"
+    centre: Literal[-1, 0, 1] = 0
+    if spec.beta == 0:
+        value = q * (t - s)
+        if bregman:
+            value, slope = value.sub_(q).add_(p), p - q
+        else:
+            slope, centre = q.neg(), 1
+    elif spec.beta == 1:
+        value = p * (s - t)
+        if bregman:
+            slope = value.clone()
+            value = value.sub_(p).add_(q)
+        else:
+            slope, centre = value + p, -1
+    else:
+        s_m, t_m = _against_mixture(s, t, spec.beta)
+        slope = s_m.mul_(p).mul_(1 - spec.beta)
+        value = t_m.mul_(q).mul_(spec.beta).add_(slope)
+    clipped: Tensor | None = None
+    if spec.entry_clip is not None:
+        clipped = value >= spec.entry_clip
+        slope = slope.masked_fill_(clipped, 0)
+    if centre:
+        slope = slope.add_(p, alpha=centre)
+    return Entries(p, q, value, slope, clipped)
+
+
+def _against_mixture(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``s - log m`` and ``t - log m`` for the mixture ``m = (1-beta) e^s + beta e^t``.
+
+    Uses ``log m - s = log1p(beta expm1(x))`` with ``x = t - s`` where ``x <= 0``, and the mirror image elsewhere, so
+    nothing overflows and both results are exactly zero where ``s == t``. A logaddexp of the two would leave a rounding
+    error there, and the divergence of nearly equal sides is made of little else.
+    """
+    x = t - s
+    weight = torch.where(x <= 0, beta, 1 - beta)
+    u = weight.mul_(torch.expm1(-x.abs())).log1p_()
+    return -(u + x.clamp(min=0)), -(u + (-x).clamp(min=0))

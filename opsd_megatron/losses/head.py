@@ -1,0 +1,120 @@
+"""The output head in row chunks: logits of a few rows at a time, and their gradients on the way back.
+
+Every loss that starts from hidden states shares this: at no time do logits of more than ``chunk_rows`` rows exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses.shard import VocabShard
+
+# Logits of one chunk and side, counted in elements (128 MiB in float32). Large enough that the matrix products run at
+# full speed and that the head weight's gradient is not read and written too often.
+_CHUNK_ELEMENTS = 1 << 25
+
+
+class Head:
+    """The true rows of a head shard, in a dtype whose matrix products can end in float32.
+
+    Half-precision products are accumulated and handed out in float32: rounding the logits to bfloat16 would cost more
+    digits than everything after it. CUDA can do that directly; on CPU the weight is widened once, here.
+
+    Attributes:
+        weight: ``[columns, H]``.
+    """
+
+    def __init__(self, weight: Tensor, shard: VocabShard) -> None:
+        self.weight = weight[: shard.columns]
+        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight = self.weight.float()
+
+    @property
+    def _mixed(self) -> bool:
+        return self.weight.dtype in (torch.bfloat16, torch.float16)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[r, H] -> [r, columns]`` in float32 (float64 for float64)."""
+        return self._product(hidden.to(self.weight.dtype), self.weight.t())
+
+    def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
+        """This rank's part of the hidden states' gradient, ``[r, columns] -> [r, H]``; the rest is on other ranks."""
+        return self._product(grad_logits.to(self.weight.dtype), self.weight)
+
+    def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place."""
+        dtype = self.weight.dtype
+        if self._mixed:
+            total.add_(self._product(grad_logits.to(dtype).t(), hidden.to(dtype)))
+        else:
+            total.addmm_(grad_logits.t(), hidden.to(dtype))
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.mm(left, right, out_dtype=torch.float32) if self._mixed else torch.mm(left, right)
+
+
+class HeadGradients:
+    """Gathers the gradients of hidden states and head weight over the chunks of one backward pass.
+
+    Only those asked for are formed. Sums are in float32 (float64 for float64 inputs) whatever the inputs' dtype.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, shard: VocabShard, *, for_hidden: bool, for_weight: bool
+    ) -> None:
+        self._head = Head(weight, shard)
+        self._hidden_in, self._weight_in, self._shard = hidden, weight, shard
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._hidden = torch.zeros_like(hidden, dtype=dtype) if for_hidden else None
+        self._weight = torch.zeros_like(weight, dtype=dtype) if for_weight else None
+
+    @property
+    def head(self) -> Head:
+        """The head these are gradients of."""
+        return self._head
+
+    def add(self, rows: slice, grad_logits: Tensor) -> None:
+        """Take in the logit gradient of one chunk, ``[r, columns]``."""
+        if self._hidden is not None:
+            self._hidden[rows] = self._head.hidden_gradient(grad_logits)
+        if self._weight is not None:
+            true_rows = self._weight[: self._shard.columns]
+            self._head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows])
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """The complete gradients of ``hidden`` and ``weight`` in their own dtypes.
+
+        Ranks: all of the shard's group. One all-reduce, of the hidden gradient, if it is asked for and has rows.
+        """
+        hidden, weight = self._hidden, self._weight
+        if hidden is not None and hidden.shape[0]:
+            self._shard.sum_(hidden)
+        return (
+            None if hidden is None else hidden.to(self._hidden_in.dtype),
+            None if weight is None else weight.to(self._weight_in.dtype),
+        )
+
+
+def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None) -> Iterator[slice]:
+    """Slices that cover ``num_rows`` rows; the same on every rank of the shard's group."""
+    step = max(1, _CHUNK_ELEMENTS // shard.width) if chunk_rows is None else chunk_rows
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def check_head(side: str, hidden: Tensor, weight: Tensor, chunk_rows: int | None) -> None:
+    """Check the shapes of one side's hidden states and head.
+
+    Raises:
+        ValueError: Names the side and what does not fit.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{side}: hidden states [R, H] and head weight [V/tp, H] do not fit: "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1, or None")
