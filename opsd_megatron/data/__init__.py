@@ -1,0 +1,1 @@
+"""Problems, prompts, their order and their packing: from files to the tensors of a micro-batch."""

@@ -1,0 +1,187 @@
+"""From samples to micro-batches: who computes which sample, and the sequences laid end to end.
+
+A response token ``k`` of a sample whose prompt has ``P`` tokens and whose sequence begins at packed position ``start``
+is predicted at position ``start + P - 1 + k``. That is the whole of the offset arithmetic, done once for each side
+(student, teacher); everything later goes by the row indices made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from opsd_megatron.types import AlignedSample, PackedMicroBatch, PackedSequences
+
+
+@dataclass
+class _Bin:
+    """A micro-batch being filled."""
+
+    samples: list[int] = field(default_factory=list)
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+
+    @property
+    def work(self) -> int:
+        return _work(self.student_tokens, self.teacher_tokens)
+
+    def fits(self, sample: AlignedSample, token_budget: int) -> bool:
+        """Whether both sides stay within the budget; a micro-batch of one sample may exceed it."""
+        return not self.samples or (
+            self.student_tokens + sample.student_tokens <= token_budget
+            and self.teacher_tokens + sample.teacher_tokens <= token_budget
+        )
+
+    def add(self, index: int, sample: AlignedSample) -> None:
+        self.samples.append(index)
+        self.student_tokens += sample.student_tokens
+        self.teacher_tokens += sample.teacher_tokens
+
+
+def _work(student_tokens: int, teacher_tokens: int) -> int:
+    # In forward passes of a token: the student also runs backward, which costs about two more.
+    return 3 * student_tokens + teacher_tokens
+
+
+def plan_micro_batches(samples: Sequence[AlignedSample], *, dp_size: int, token_budget: int) -> list[list[list[int]]]:
+    """Share samples out over data-parallel ranks and micro-batches.
+
+    Samples go to ranks, the most work first and each to the least loaded rank. Every rank then runs as many
+    micro-batches as the one that needs most under the budget, filled the same way: longest first, each into the least
+    loaded one that has room. The plan depends on the lengths alone, so every rank computes the same one without
+    talking.
+
+    Args:
+        samples: All samples of the step, in the same order on every rank.
+        dp_size: Data-parallel ranks.
+        token_budget: Most tokens of a micro-batch, on either side. A longer sample is alone in its micro-batch.
+
+    Returns:
+        Indices into ``samples`` as ``[data-parallel rank][micro-batch][sample]``. Every rank has the same number of
+        micro-batches, at least one; some may be empty. Every sample occurs exactly once.
+    """
+    work = [_work(sample.student_tokens, sample.teacher_tokens) for sample in samples]
+    longest_side = [max(sample.student_tokens, sample.teacher_tokens) for sample in samples]
+    shares: list[list[int]] = [[] for _ in range(dp_size)]
+    loads = [0] * dp_size
+    for index in sorted(range(len(samples)), key=lambda i: (-work[i], i)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += work[index]
+    for share in shares:
+        share.sort(key=lambda i: (-longest_side[i], i))
+    count = max(1, *(_first_fit(samples, share, token_budget) for share in shares))
+    while True:
+        plan = [_spread(samples, share, count, token_budget) for share in shares]
+        if all(rank is not None for rank in plan):
+            return [rank for rank in plan if rank is not None]
+        count += 1  # ends: with a micro-batch for every sample there is always an empty one
+
+
+def _first_fit(samples: Sequence[AlignedSample], order: Sequence[int], token_budget: int) -> int:
+    """Micro-batches needed when each sample goes into the first that has room, close to the fewest possible."""
+    bins: list[_Bin] = []
+    for index in order:
+        target = next((b for b in bins if b.fits(samples[index], token_budget)), None)
+        if target is None:
+            target = _Bin()
+            bins.append(target)
+        target.add(index, samples[index])
+    return len(bins)
+
+
+def _spread(
+    samples: Sequence[AlignedSample], order: Sequence[int], count: int, token_budget: int
+) -> list[list[int]] | None:
+    """Fill ``count`` micro-batches evenly, empty ones last; ``None`` where that leaves a sample without room."""
+    bins = [_Bin() for _ in range(count)]
+    for index in order:
+        with_room = [b for b in bins if b.fits(samples[index], token_budget)]
+        if not with_room:
+            return None
+        min(with_room, key=lambda b: b.work).add(index, samples[index])
+    return sorted((sorted(b.samples) for b in bins), key=lambda indices: (not indices, indices))
+
+
+def pack(
+    samples: Sequence[AlignedSample], *, with_teacher: bool, multiple_of: int = 1, pad_id: int = 0
+) -> PackedMicroBatch:
+    """Lay samples end to end, on both sides in the same order, and check the row invariant.
+
+    Args:
+        samples: The samples of one micro-batch; none makes one that holds filler only.
+        with_teacher: Pack the teacher's side too.
+        multiple_of: Each side's T becomes a multiple of this (sequence parallelism splits it evenly) by one more
+            sequence of filler at the end, which carries no loss.
+        pad_id: The filler's token id.
+
+    Returns:
+        The micro-batch on CPU; ``R`` is the number of response tokens, 0 without samples.
+
+    Raises:
+        ValueError: A sample breaks the rules of :class:`AlignedSample`.
+    """
+    for sample in samples:
+        _check_sample(sample, with_teacher)
+    batch = PackedMicroBatch(
+        student=_sequences([(s.student_prompt_ids, s.response_ids) for s in samples], multiple_of, pad_id),
+        teacher=_sequences([(s.teacher_prompt_ids or (), s.response_ids) for s in samples], multiple_of, pad_id)
+        if with_teacher
+        else None,
+        response_ids=_int64(token for s in samples for token in s.response_ids),
+        row_weights=torch.tensor([s.row_weight for s in samples for _ in s.response_ids], dtype=torch.float32),
+        engine_log_probs=torch.tensor([p for s in samples for p in _log_probs(s)], dtype=torch.float32),
+    )
+    batch.check()
+    return batch
+
+
+def _check_sample(sample: AlignedSample, with_teacher: bool) -> None:
+    if not sample.student_prompt_ids or not sample.response_ids:
+        raise ValueError("a sample needs at least one prompt token and one response token")
+    if with_teacher and not sample.teacher_prompt_ids:
+        raise ValueError("packing the teacher's side needs a teacher prompt of at least one token in every sample")
+    if sample.engine_log_probs is not None and len(sample.engine_log_probs) != len(sample.response_ids):
+        raise ValueError(
+            f"{len(sample.engine_log_probs)} engine log-probs for a response of {len(sample.response_ids)} tokens"
+        )
+
+
+def _sequences(
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], multiple_of: int, pad_id: int
+) -> PackedSequences:
+    """One side: prompt and response of each sample, then filler."""
+    ids: list[int] = []
+    rows: list[int] = []
+    lengths: list[int] = []
+    for prompt, response in pairs:
+        first = len(ids) + len(prompt) - 1
+        rows.extend(range(first, first + len(response)))
+        ids.extend(prompt)
+        ids.extend(response)
+        lengths.append(len(prompt) + len(response))
+    # Without samples a side still has two tokens: the least that a causal model treats as an ordinary sequence.
+    filler = -len(ids) % multiple_of if ids else max(2, multiple_of)
+    if filler:
+        ids.extend([pad_id] * filler)
+        lengths.append(filler)
+    return PackedSequences(
+        ids=_int64(ids),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
+        rows=_int64(rows),
+    )
+
+
+def _int64(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
+
+
+def _log_probs(sample: AlignedSample) -> tuple[float, ...]:
+    if sample.engine_log_probs is None:
+        return (float("nan"),) * len(sample.response_ids)
+    return sample.engine_log_probs
