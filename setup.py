@@ -1,4 +1,4 @@
-"""Packaging of opsd_megatron. Everything the project needs is named here, once; requirements/cpu.lock is made from it."""
+"""Packaging of opsd_megatron. All the project needs is named here, once; requirements/cpu.lock is made from it."""
 
 import re
 from pathlib import Path

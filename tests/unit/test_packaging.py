@@ -1,0 +1,183 @@
+"""setup.py, the lock and the Dockerfile agree with one another and with the package index."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def setup_arguments() -> dict[str, Any]:
+    """What setup.py passes to setuptools."""
+    with mock.patch("setuptools.setup") as setup, mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        runpy.run_path(str(ROOT / "setup.py"))
+    return dict(setup.call_args.kwargs)
+
+
+@pytest.fixture(scope="module")
+def locked() -> dict[str, Version]:
+    """The distributions of requirements/cpu.lock."""
+    lines = [line for line in (ROOT / "requirements/cpu.lock").read_text().splitlines() if not line.startswith("#")]
+    pins = [re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line) for line in lines]
+    assert all(pins), [line for line, pin in zip(lines, pins, strict=True) if not pin]
+    return {pin[1]: Version(pin[2]) for pin in pins if pin}
+
+
+@pytest.fixture(scope="module")
+def lock_script() -> ModuleType:
+    """requirements/lock.py as a module."""
+    spec = importlib.util.spec_from_file_location("lock", ROOT / "requirements/lock.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_lock_holds_what_setup_asks_for(setup_arguments: dict[str, Any], locked: dict[str, Version]) -> None:
+    extras = setup_arguments["extras_require"]
+    for text in (*setup_arguments["install_requires"], *extras["cpu"], *extras["dev"]):
+        requirement = Requirement(text)
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version is not None and version in requirement.specifier, f"{text}: locked is {version}"
+
+
+def test_lock_keeps_cuda_builds_out(locked: dict[str, Version], lock_script: ModuleType) -> None:
+    assert locked["torch"].local == "cpu"
+    assert not lock_script.EXCLUDED & set(locked)
+    assert not [name for name in locked if name.startswith("nvidia-") and name != "nvidia-ml-py"]
+
+
+def test_lock_lines_leave_out_cuda_builds_and_the_project(lock_script: ModuleType) -> None:
+    def entry(name: str, **archive: object) -> dict[str, object]:
+        return {"metadata": {"name": name, "version": "1.0"}, "download_info": {"url": "u", "archive_info": archive}}
+
+    hashed = {"hashes": {"sha256": "ab"}}
+    report = [entry("torchvision", **hashed), entry("Zope.Event", **hashed), entry("a_b", **hashed)]
+    report.append({"metadata": {"name": "opsd_megatron", "version": "0.1.0"}, "download_info": {"dir_info": {}}})
+    assert lock_script.lock_lines(report) == ["a-b==1.0 --hash=sha256:ab", "zope-event==1.0 --hash=sha256:ab"]
+    with pytest.raises(SystemExit, match="six: pip reported no sha256"):
+        lock_script.lock_lines([entry("six")])
+
+
+def test_no_requirement_is_the_apex_of_pypi(setup_arguments: dict[str, Any], locked: dict[str, Version]) -> None:
+    named = {Requirement(text).name for text in setup_arguments["install_requires"]}
+    for extra in setup_arguments["extras_require"].values():
+        named |= {Requirement(text).name for text in extra}
+    assert "apex" not in named | set(locked)
+
+
+def test_wheel_holds_every_configuration_and_prompt(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "opsd_megatron", tmp_path / "opsd_megatron", ignore=ignored)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheel"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    sources = {
+        str(path.relative_to(tmp_path))
+        for path in (tmp_path / "opsd_megatron").rglob("*")
+        if path.is_file() and path.name != "py.typed"
+    }
+    assert shipped == sources
+
+
+# --- The Dockerfile ---------------------------------------------------------------------------------------------------
+
+
+def dockerfile_commands() -> list[str]:
+    """Every `pip install ...` of the Dockerfile, with build arguments at their defaults."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", text, re.MULTILINE))
+    lines = [line for line in text.splitlines() if line.startswith("RUN ")]
+    commands = [command for line in lines for command in re.findall(r"pip install [^;&]+", line)]
+    return [re.sub(r"\$\{(\w+)\}", lambda name: arguments[name[1]], command).strip() for command in commands]
+
+
+def dockerfile_requirements() -> list[Requirement]:
+    """What those commands take from the package index, pinned extras of the named packages included."""
+    found: list[Requirement] = []
+    for command in dockerfile_commands():
+        words = [word.strip('"') for word in command.split()[2:]]
+        if "-r" in words:
+            file = ROOT / "requirements" / Path(words[words.index("-r") + 1]).name
+            found += [Requirement(line) for line in file.read_text().splitlines() if not line.startswith("#")]
+        found += [Requirement(word) for word in words if re.match(r"[A-Za-z][\w.-]*(\[.*\])?==", word)]
+    return found
+
+
+def test_dockerfile_installs_what_the_package_needs(
+    setup_arguments: dict[str, Any], locked: dict[str, Version]
+) -> None:
+    named = {canonicalize_name(requirement.name): requirement for requirement in dockerfile_requirements()}
+    from_base = {"torch", "vllm", "transformers", "numpy", "safetensors"}
+    assert not from_base & set(named), "the base image's own builds must stay"
+    for text in (*setup_arguments["install_requires"], *setup_arguments["extras_require"]["gpu"]):
+        name = canonicalize_name(Requirement(text).name)
+        assert name in from_base | set(named), f"the Dockerfile installs no {name}"
+    for name, requirement in named.items():
+        if name in locked:
+            assert str(locked[name]) in str(requirement.specifier), f"{requirement} is not what the lock tests"
+
+
+def test_dockerfile_leaves_apex_to_nvidias_source() -> None:
+    (apex,) = [command for command in dockerfile_commands() if "apex" in command]
+    assert '"git+https://github.com/NVIDIA/apex@' in apex
+
+
+def index_versions(name: str, *, wheels_only: bool = True) -> set[str]:
+    """The versions of ``name`` on the package index for Python 3.12, or an empty set.
+
+    This reads the index alone; ``pip install --dry-run`` would download every wheel, some of hundreds of megabytes.
+    """
+    command = [sys.executable, "-m", "pip", "index", "versions", name, "--python-version", "3.12"]
+    command += ["--only-binary=:all:"] if wheels_only else []
+    environment = {**os.environ, "PIP_RETRIES": "1", "PIP_TIMEOUT": "20"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    listed = re.search(r"^Available versions: (.*)$", result.stdout, re.MULTILINE)
+    return set(listed[1].split(", ")) if listed else set()
+
+
+@pytest.mark.network
+def test_dockerfile_requirements_resolve() -> None:
+    if not index_versions("pip"):
+        pytest.skip("the package index is out of reach")
+    wanted = dockerfile_requirements()
+    (engine,) = [requirement for requirement in wanted if requirement.name == "transformer-engine"]
+    # Its extras are distributions of their own and of the same version; the one for torch is source only.
+    compiled = Requirement(f"transformer-engine-torch{engine.specifier}")
+    wanted += [Requirement(f"transformer-engine-cu13{engine.specifier}"), compiled]
+    with ThreadPoolExecutor(4) as pool:
+        available = list(pool.map(lambda each: index_versions(each.name, wheels_only=each is not compiled), wanted))
+    assert [
+        str(each) for each, versions in zip(wanted, available, strict=True) if not {*each.specifier.filter(versions)}
+    ] == []
+
+
+def test_transformer_engine_is_one_that_megatron_core_declares() -> None:
+    (engine,) = [requirement for requirement in dockerfile_requirements() if requirement.name == "transformer-engine"]
+    (declared,) = [
+        requirement
+        for requirement in map(Requirement, metadata.requires("megatron-core") or [])
+        if requirement.name == engine.name
+    ]
+    assert {*declared.specifier.filter(pin.version for pin in engine.specifier)}
