@@ -76,7 +76,7 @@ def judge_answers(responses: Sequence[str], answers: Sequence[str], *, seconds: 
     Args:
         responses: Whole responses; only the last ``\boxed{}`` of each is read.
         answers: Reference answers as LaTeX or plain text, not boxed (where one is, the content of its box counts).
-        seconds: Time limit for one answer.
+        seconds: Limit on the processor time of judging one answer; elapsed time may reach ten times as much.
 
     Returns:
         One verdict for each response, in order. No response, however hostile, makes this hang or raise.

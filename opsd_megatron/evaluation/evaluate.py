@@ -206,7 +206,7 @@ def evaluate(
     check_answers(problems)
     k = config.samples_per_problem
     repeated = [prompt for problem in problems for prompt in [tuple(prompts.student(problem))] * k]
-    seeds = [seed for place in range(len(problems)) for seed in _sample_seeds(seed, place, k)]
+    seeds = [drawn for place in range(len(problems)) for drawn in _sample_seeds(seed, place, k)]
     generations = engine.generate(repeated, sampling, seeds=seeds)
     verdicts = _judge_on_rank_0(problems, generations, tokenizer, k=k, seconds=config.judge_seconds)
     records = tuple(

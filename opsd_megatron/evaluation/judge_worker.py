@@ -4,8 +4,8 @@ It imports nothing but the standard library and math-verify, so it starts fast a
 what the training process holds. One pair arrives per line of stdin, one verdict leaves per line of stdout, in order.
 
 The limits are the kernel's, not Python's. A signal handler, which is what math-verify's own time limit uses, runs only
-between bytecodes and so never during ``9**9**9``; SIGALRM at its default disposition kills the process wherever it is,
-even when the parent has died meanwhile.
+between bytecodes and so never during ``9**9**9``; a timer's signal at its default disposition kills the process wherever
+it is, even when the parent has died meanwhile.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ from typing import Any
 
 # Beyond any sensible answer, below what would push a training node into swap.
 MEMORY_LIMIT_BYTES = 4 * 2**30
-READY = "ready"
+# The limit is on processor time, so that a busy machine does not turn right answers into wrong ones; elapsed time is
+# bounded by this multiple of it, against whatever may stop a process from computing.
+ELAPSED_FACTOR = 10
 
 
 def _set_limits() -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a mask is inherited from the parent's thread
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})  # a mask is inherited from the parent's thread
     for limit, value in ((resource.RLIMIT_AS, MEMORY_LIMIT_BYTES), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
+def _set_timers(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, ELAPSED_FACTOR * seconds)
+
+
 def _judge(answer: str, gold: str, math_verify: Any) -> tuple[bool, str]:
     try:
         # The box tells math-verify's extraction where the expression starts and ends. Its own time limits are off: they
-        # would replace the SIGALRM disposition that kills this process.
+        # would put a handler in place of what kills this process.
         parsed = math_verify.parse("\\boxed{" + answer + "}", parsing_timeout=None)
         reference = math_verify.parse("\\boxed{" + gold + "}", parsing_timeout=None)
         correct = bool(math_verify.verify(reference, parsed, timeout_seconds=None))
@@ -57,12 +65,13 @@ def main() -> None:
     import math_verify
 
     _set_limits()
-    verdicts.write(READY + "\n")
+    _judge("\\frac{1}{2}", "0.5", math_verify)  # what is set up on first use is not charged to the first answer
+    verdicts.write("ready\n")
     for line in sys.stdin:
         answer, gold = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        _set_timers(seconds)
         verdict = _judge(answer, gold, math_verify)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0)
         verdicts.write(json.dumps(verdict) + "\n")
 
 
