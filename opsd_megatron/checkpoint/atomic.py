@@ -28,6 +28,11 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".tmp") and (path / _MARKER).is_file()
 
 
+def is_marker(path: Path) -> bool:
+    """Whether ``path`` is the file that marks a directory as unfinished."""
+    return path.name == _MARKER
+
+
 def begin(output: Path) -> Path:
     """Make the empty temporary directory for ``output``, removing the leftover of an interrupted write.
 
@@ -107,13 +112,16 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         raise
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file durably: temporary name in the same directory, fsync, rename."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
+def remove(directory: Path) -> None:
+    """Delete a published directory so that an interruption leaves nothing that looks complete.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    temporary = temporary_for(directory)
+    (directory / _MARKER).touch()
+    os.rename(directory, temporary)
+    shutil.rmtree(temporary)
 
 
 def _fsync(path: Path) -> None:

@@ -299,7 +299,7 @@ def _correct_dtype(config_file: Path, dtypes: set[torch.dtype]) -> None:
     # transformers 5 writes "dtype", earlier releases "torch_dtype"; both read the latter.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     if any(config.get(key) != name for key in keys):
-        config.update({key: name for key in keys})
+        config.update(dict.fromkeys(keys, name))
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
