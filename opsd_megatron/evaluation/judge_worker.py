@@ -4,8 +4,8 @@ It imports nothing but the standard library and math-verify, so it starts fast a
 what the training process holds. One pair arrives per line of stdin, one verdict leaves per line of stdout, in order.
 
 The limits are the kernel's, not Python's. A signal handler, which is what math-verify's own time limit uses, runs only
-between bytecodes and so never during ``9**9**9``; a timer's signal at its default disposition kills the process wherever
-it is, even when the parent has died meanwhile.
+between bytecodes and so never during ``9**9**9``. A timer's signal at its default disposition kills the process
+wherever it is, even when the parent has died meanwhile.
 """
 
 from __future__ import annotations

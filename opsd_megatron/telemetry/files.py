@@ -13,7 +13,8 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        # Bytes that are no text, read with the same error handler, come out as they were.
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Trains Qwen3-1.7B with OPSD on several nodes. Run it on every node, with the same arguments (Hydra overrides):
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/qwen3_1.7b/run_multi_node.sh output_dir=/shared/runs/first
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 examples/qwen3_1.7b/run_multi_node.sh output_dir=/shared/runs/first
+#
+# NNODES         nodes
+# NODE_RANK      0 on the node that MASTER_ADDR names, another number on each other one (SLURM_NODEID where unset)
+# MASTER_ADDR    name or address of node 0, reachable from all nodes
+# MASTER_PORT    a port that is free there (29500)
+# GPUS_PER_NODE  GPUs to use on each node (8)
+# DRY_RUN=1      print the command and the composed configuration, and start nothing; needs no GPU
+set -euo pipefail
+
+: "${NNODES:?set it to the number of nodes}"
+: "${MASTER_ADDR:?set it to the name or address of node 0}"
+NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
+: "${NODE_RANK:?set it to 0 on the node that MASTER_ADDR names, and to 1, 2, ... on the others}"
+master_port="${MASTER_PORT:-29500}"
+gpus_per_node="${GPUS_PER_NODE:-8}"
+
+# Said outright, since torchrun's own guess (does MASTER_ADDR name this machine?) fails behind some network set-ups.
+is_host=$((NODE_RANK == 0 ? 1 : 0))
+
+overrides=(experiment=qwen3_1.7b_opsd "$@")
+command=(
+    torchrun
+    --nnodes "$NNODES"
+    --nproc-per-node "$gpus_per_node"
+    --rdzv-backend c10d
+    --rdzv-endpoint "$MASTER_ADDR:$master_port"
+    --rdzv-id "opsd-$MASTER_ADDR-$master_port"
+    --rdzv-conf "is_host=$is_host"
+    -m opsd_megatron.train "${overrides[@]}"
+)
+
+# Megatron-Core overlaps tensor-parallel communication with compute by the order in which kernels are queued; one
+# hardware queue keeps that order on GPUs before Blackwell.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
+if [[ "${DRY_RUN:-0}" == 1 ]]; then
+    printf '# command:'
+    printf ' %q' "${command[@]}"
+    printf '\n# configuration:\n'
+    exec python -m opsd_megatron.train --cfg job "${overrides[@]}"
+fi
+exec "${command[@]}"

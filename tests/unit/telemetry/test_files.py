@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opsd_megatron.telemetry import files
+from opsd_megatron.telemetry.files import set_aside, write_atomically
+
+
+def test_write_atomically_replaces_the_whole_content(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_atomically(path, ["a\n", "b\n"])
+    write_atomically(path, iter(["c\n"]))
+    assert path.read_text() == "c\n"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_atomically(path, ["old\n"])
+
+    def failing() -> Iterator[str]:
+        yield "half\n"
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        write_atomically(path, failing())
+    assert path.read_text() == "old\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_set_aside_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.time, "strftime", lambda *_: "20260101T000000Z")
+    path = tmp_path / "file.txt"
+    assert set_aside(path) is None
+    for content in ("first", "second", "third"):
+        path.write_text(content)
+        set_aside(path)
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {
+        "file.txt.replaced-20260101T000000Z": "first",
+        "file.txt.replaced-20260101T000000Z-2": "second",
+        "file.txt.replaced-20260101T000000Z-3": "third",
+    }
