@@ -141,6 +141,6 @@ def _against_mixture(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]
     error there, and the divergence of nearly equal sides is made of little else.
     """
     x = t - s
-    weight = torch.where(x <= 0, beta, 1 - beta)
+    weight = torch.full_like(x, beta).masked_fill_(x > 0, 1 - beta)
     u = weight.mul_(torch.expm1(-x.abs())).log1p_()
     return -(u + x.clamp(min=0)), -(u + (-x).clamp(min=0))

@@ -4,9 +4,10 @@ Both public losses are built on :func:`evaluate_rows` and :func:`logit_gradient`
 
 Collectives of a block, all in forward, each a stack of ``[r]`` vectors:
 
-1. MAX of both sides' largest logit;
-2. SUM of both sides' sums of exponentials (and of the target's logits, where targets are given);
-3. SUM of the divergence, its slope and the diagnostics.
+1. MAX of both sides' largest logit (all-reduce);
+2. SUM of both sides' sums of exponentials, and of the targets' logits where targets are given (all-gather, then added
+   in rank order: see :meth:`VocabShard.sum_in_order` for what an all-reduce would break);
+3. SUM of the divergence, its slope and the diagnostics (all-reduce).
 
 Backward needs none: what a row's gradient takes from other ranks is six numbers, kept in :attr:`RowResults.state`.
 """
@@ -187,7 +188,7 @@ def _normalise(
         # The diagnostics are at temperature 1: they need that temperature's normaliser too, unless it is the same one.
         sums += sums if spec.temperature == 1 else [(side * spec.temperature).exp_().sum(1) for side in centred]
         sums += [shard.pick(side, target_ids) * spec.temperature for side in centred]
-    total = shard.sum_(torch.stack(sums))
+    total = shard.sum_in_order(torch.stack(sums))
     log_sums = total[:2].log()
     # Two subtractions: folded into one number, a large maximum would swallow the digits of the sum's logarithm.
     log_probs = [

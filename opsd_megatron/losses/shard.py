@@ -63,6 +63,24 @@ class VocabShard:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
         return tensor
 
+    def sum_in_order(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, added in rank order; one collective, none on a single rank.
+
+        An all-reduce adds in an order that depends on an element's place in the tensor, so that equal numbers in two
+        places may get sums that differ in the last bit. Student and teacher with equal logits must not: their
+        divergence would come out as rounding noise instead of zero.
+
+        Ranks: all of ``group``; the result is valid on every one and bitwise equal.
+        """
+        if self.group is None:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, tensor, group=self.group)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
     def row_max(self, values: Tensor) -> Tensor:
         """This rank's largest column of every row, ``[R, columns] -> [R]``; NaN becomes +inf, no column gives -inf.
 

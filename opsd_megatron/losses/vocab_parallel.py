@@ -46,7 +46,8 @@ def vocab_parallel_divergence(
         ValueError: An argument is out of range or shapes do not fit.
         FloatingPointError: NaN or +inf among the logits; names the side. Raised on every rank.
 
-    Ranks: all of ``tp_group``, with equal ``R``. Three all-reduces forward (none if ``R == 0``), none backward.
+    Ranks: all of ``tp_group``, with equal ``R``. Three collectives of a few numbers a row forward (none if ``R == 0``),
+    none backward.
     """
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
