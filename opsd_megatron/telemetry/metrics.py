@@ -47,16 +47,17 @@ class MetricsWriter:
     Ranks: rank 0 only.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int = -1) -> None:
-        """Open ``path`` for a run that continues after ``resume_step``.
+    def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
+        """Open ``path`` for a run that continues after ``resume_step`` optimizer steps.
 
         Lines of later steps, which a resumed run writes anew, and lines that cannot be read, such as one cut off by a
-        crash, are moved to ``<name>.replaced-<UTC time>`` beside the file. The default keeps no line.
+        crash, are moved to ``<name>.replaced-<UTC time>`` beside the file. With 0 no line is kept: such a run starts
+        over, step 0 (the evaluation before the first step) included.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _keep_until(self.path, resume_step)
+            _keep_until(self.path, resume_step if resume_step > 0 else -1)
         self._file = self.path.open("a", encoding="utf-8")
         sync_directory(self.path.parent)
 

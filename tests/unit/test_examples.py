@@ -48,9 +48,7 @@ def test_there_are_scripts() -> None:
 def test_shellcheck_is_silent(script: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=environment()["PATH"])
     assert shellcheck is not None, "shellcheck is missing; install the development requirements"
-    finished = subprocess.run(
-        [shellcheck, str(script)], capture_output=True, text=True
-    )
+    finished = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout
     assert "\nset -euo pipefail\n" in script.read_text()
 

@@ -22,7 +22,7 @@ def replaced(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.replaced-*"))
 
 
-def write_steps(path: Path, numbers: range, resume_step: int = -1) -> None:
+def write_steps(path: Path, numbers: range, resume_step: int = 0) -> None:
     with MetricsWriter(path, resume_step=resume_step) as writer:
         for number in numbers:
             writer.write({"step": number})
