@@ -351,8 +351,8 @@ def check_supervised(problems: Iterable[Problem], builder: PromptBuilder) -> Non
 def shuffled_references(problems: Sequence[Problem], *, seed: int) -> list[str]:
     """Every problem's reference taken from another problem: the control ``data.privileged=shuffled``.
 
-    No problem gets its own, and as few as possible get one of equal text (none, unless more than half the problems
-    share a text).
+    A reference equal to a problem's own counts as its own. No problem gets it, unless more than half the problems share
+    one text; then as few as possible do.
 
     Raises:
         ConfigError: There are fewer than two problems.
@@ -370,8 +370,6 @@ def shuffled_references(problems: Sequence[Problem], *, seed: int) -> list[str]:
     # With equal texts side by side, moving everyone on by the size of the largest group leaves every group behind.
     circle = [index for group in equal.values() for index in group]
     step = max(len(group) for group in equal.values())
-    if step == len(circle):
-        step = 1
     references = [""] * len(problems)
     for place, index in enumerate(circle):
         references[index] = problems[circle[(place + step) % len(circle)]].solution

@@ -231,11 +231,14 @@ def test_check_prompts_does_not_tokenise_what_surely_fits(
 
 
 def test_check_supervised(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    prompts = builder(tokenizer, short_templates(tmp_path), max_length=120, new=1)
+    prompts = builder(tokenizer, short_templates(tmp_path), max_length=600, new=1)
     good = Problem(id="a:1", problem="p", solution="s", response="r" * 30, role="teacher")
     check_supervised([good, PROBLEM], prompts)
+    # Its prompt alone surely fits: the target is what makes it too long.
+    bad = Problem(id="a:2", problem="p", response="xyz" * 200)
+    assert prompts.surely_fits(bad, "student", with_reference=False, kept=1)
     with pytest.raises(DataError, match=r"^a:2: the student prompt"):
-        check_supervised([good, Problem(id="a:2", problem="p", response="xyz" * 40)], prompts)
+        check_supervised([good, bad], prompts)
 
 
 @settings(max_examples=200, deadline=None)
