@@ -166,6 +166,8 @@ class VllmEngine:
             self._running.wake_up(tags=["weights"])
         with torch.no_grad(), _random_state_kept():
             self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if not torch.cuda.is_available():
+                self._running.apply_model(_repack_tied_head)
         left = next(weights, None)
         if left is not None:
             raise AssertionError(f"the engine stopped reading weights before {left[0]}")
@@ -346,6 +348,17 @@ def _generation(request: RequestOutput) -> Generation:
     tokens = tuple(output.token_ids)
     log_probs = tuple(float(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True))
     return Generation(tokens, log_probs, reasons[output.finish_reason])
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """Make the output head of vLLM's CPU build follow a reload where it is tied to the embedding.
+
+    The CPU build multiplies by a repacked copy that each module makes of its weight. ``reload_weights`` renews the copy
+    of modules that get a tensor; a tied head gets none, and keeps multiplying by the old embedding.
+    """
+    head: Any = model.get_submodule("lm_head")
+    if head.weight is model.get_submodule("model.embed_tokens").weight:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _raise_on_every_rank(problem: str | None, cause: Exception | None) -> None:

@@ -1,0 +1,287 @@
+"""Co-located vLLM against transformers, at engine tensor-parallel sizes 1 and 2 in one world of two ranks.
+
+Everything runs in a single launch, because importing vllm takes longer than all of the checks: the engine of size 1 is
+started before Megatron-Core's process groups exist, is closed, and the engine of size 2 follows them. Not covered: CUDA
+(sleep and wake) and replicas on several machines.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_megatron.config import Config, ModelConfig, ParallelConfig, RolloutConfig
+from opsd_megatron.errors import EngineError
+from opsd_megatron.rollout.engine import Sampling
+from opsd_megatron.types import Generation
+from tests.distributed import run_distributed
+from tests.tiny import make_tiny_qwen3
+
+MAX_LENGTH = 128
+NEW_TOKENS = 24
+EOS = 258
+SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=NEW_TOKENS)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=NEW_TOKENS)
+# Another distribution to draw from; log-probs are at temperature 1 over the whole vocabulary all the same.
+NARROWED = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_new_tokens=NEW_TOKENS)
+
+
+def make_prompts() -> list[list[int]]:
+    """An odd number of prompts of different lengths, so that two replicas get unequal shares; one is drawn twice."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(256) for _ in range(draw.randint(1, 40))] for _ in range(20)]
+    return [*prompts, prompts[0]]
+
+
+PROMPTS = make_prompts()
+SEEDS = list(range(100, 100 + len(PROMPTS)))
+
+
+@dataclass
+class Observed:
+    """What one rank saw of one engine."""
+
+    answers: dict[str, list[Generation]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
+    synced_bytes: int = 0
+
+
+def process_state() -> dict[str, Any]:
+    import numpy as np
+
+    return {
+        "threads": torch.get_num_threads(),
+        "set_num_threads": torch.set_num_threads.__module__,
+        "affinity": os.sched_getaffinity(0),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "torch generator": torch.get_rng_state().tolist(),
+        "python generator": random.getstate(),
+        "numpy generator": np.random.get_state()[1].tolist(),
+        "local world": os.environ["LOCAL_WORLD_SIZE"],
+        "preloaded": os.environ.get("LD_PRELOAD"),
+    }
+
+
+def engine_config(model: Path, tensor: int, **rollout: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=str(model), dtype="float32"),
+        rollout=RolloutConfig(tensor=tensor, kv_cache_gib=0.02, **rollout),
+    )
+
+
+def observe(model: Path, other: Path, tensor: int, dims: Any) -> Observed:
+    """Sample, update to the weights of ``other``, and come back to those of ``model`` through Megatron-Core."""
+    from safetensors.torch import load_file
+
+    from opsd_megatron.rollout.vllm_engine import VllmEngine
+    from opsd_megatron.rollout.weight_sync import sync_weights
+
+    seen = Observed()
+    before = process_state()
+    engine = VllmEngine.start(model, engine_config(model, tensor), max_length=MAX_LENGTH)
+    seen.answers["sampled"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    seen.answers["again"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    seen.answers["greedy"] = engine.generate(PROMPTS, GREEDY, seeds=SEEDS)
+    seen.answers["narrowed"] = engine.generate(PROMPTS, NARROWED, seeds=SEEDS)
+    seen.answers["one"] = engine.generate(PROMPTS[:1], SAMPLED, seeds=SEEDS[:1])  # fewer prompts than replicas
+    for name, prompt in (("empty", []), ("long", [1] * MAX_LENGTH)):
+        with pytest.raises(EngineError) as error:
+            engine.generate([PROMPTS[0], prompt], SAMPLED, seeds=[0, 1])
+        seen.errors[name] = str(error.value)
+    tensors = load_file(other / "model.safetensors")
+    engine.update_weights(iter(tensors.items()))
+    for held in tensors.values():
+        held.fill_(torch.nan)  # the engine must have copied
+    seen.answers["updated"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    seen.answers["updated greedy"] = engine.generate(PROMPTS, GREEDY, seeds=SEEDS)
+    after = process_state()
+    seen.changed = [key for key in before if before[key] != after[key]]
+    if dims is not None:
+        seen.synced_bytes = sync_weights(engine, *megatron_model(model, dims)).bytes
+        seen.answers["synced"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    engine.sleep()
+    engine.wake_up()
+    engine.close()
+    engine.close()
+    return seen
+
+
+def megatron_model(path: Path, dims: Any) -> tuple[Any, Any, Any]:
+    from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+    from opsd_megatron.models.build import build_model
+    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.weight_map import load_hf_weights
+
+    spec = read_spec(path)
+    config = Config(model=ModelConfig(path=str(path), dtype="float32"), parallel=ParallelConfig(tensor=dims.tp))
+    model = build_model(spec, config, dims)
+    load_hf_weights(model, spec, SafetensorsReader(path), dims)
+    return model, spec, dims
+
+
+def start_failures(model: Path, empty: Path) -> dict[str, str]:
+    """Messages of engines that cannot start. The last one leaves vLLM half started: nothing may follow it."""
+    from opsd_megatron.rollout.vllm_engine import VllmEngine
+
+    messages = {}
+    # One rank's trouble is everybody's: rank 1 alone gets a directory without a model.
+    with pytest.raises(EngineError) as error:
+        VllmEngine.start(empty if os.environ["RANK"] == "1" else model, engine_config(model, 1), max_length=MAX_LENGTH)
+    messages["model"] = str(error.value)
+    config = engine_config(model, 2)
+    config.rollout.kv_cache_gib = 1e-6
+    with pytest.raises(EngineError) as error:
+        VllmEngine.start(model, config, max_length=MAX_LENGTH)
+    messages["cache"] = str(error.value)
+    return messages
+
+
+def worker(model: Path, other: Path, empty: Path) -> dict[Any, Any]:
+    import torch.distributed as dist
+
+    seen: dict[Any, Any] = {1: observe(model, other, 1, None)}
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    dims = ParallelDims.initialize(ParallelConfig(tensor=2))
+    seen[2] = observe(model, other, 2, dims)
+    # Closing the engines left the trainer's groups in order.
+    total = torch.tensor([1 + dist.get_rank()])
+    dist.all_reduce(total, group=dims.tp_group)
+    seen["total"] = total.item()
+    seen["failures"] = start_failures(model, empty)
+    return seen
+
+
+@dataclass
+class Outcome:
+    model: Path
+    other: Path
+    ranks: list[dict[Any, Any]]
+
+    def answers(self, tensor: int, name: str) -> list[Generation]:
+        answers: list[Generation] = self.ranks[0][tensor].answers[name]
+        return answers
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    root = tmp_path_factory.mktemp("engine")
+    model = make_tiny_qwen3(root / "model", num_layers=2, seed=0)
+    other = make_tiny_qwen3(root / "other", num_layers=2, seed=1)
+    (root / "empty").mkdir()
+    return Outcome(model, other, run_distributed(worker, 2, model, other, root / "empty", timeout=240))
+
+
+@pytest.fixture(scope="module")
+def references(outcome: Outcome) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    paths = {"model": outcome.model, "other": outcome.other}
+    return {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
+
+
+@torch.no_grad()
+def reference_logits(reference: Any, prompt: list[int], response: tuple[int, ...]) -> Tensor:
+    """Logits at the positions that predict ``response``, ``[len(response), V]``."""
+    logits = reference(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
+    return logits[len(prompt) - 1 : -1]
+
+
+both_sizes = pytest.mark.parametrize("tensor", [1, 2])
+
+
+@both_sizes
+@pytest.mark.parametrize(
+    ("name", "weights"), [("sampled", "model"), ("narrowed", "model"), ("greedy", "model"), ("updated", "other")]
+)
+def test_log_probs_are_those_of_transformers(
+    outcome: Outcome, references: dict[str, Any], tensor: int, name: str, weights: str
+) -> None:
+    answers = outcome.answers(tensor, name)
+    assert len(answers) == len(PROMPTS)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = reference_logits(references[weights], prompt, answer.token_ids).log_softmax(-1)
+        expected = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.log_probs), expected, rtol=0, atol=1e-4)
+
+
+@both_sizes
+@pytest.mark.parametrize(("name", "weights"), [("greedy", "model"), ("updated greedy", "other")])
+def test_greedy_answers_are_those_of_transformers(
+    outcome: Outcome, references: dict[str, Any], tensor: int, name: str, weights: str
+) -> None:
+    for prompt, answer in zip(PROMPTS, outcome.answers(tensor, name), strict=True):
+        best = reference_logits(references[weights], prompt, answer.token_ids).argmax(-1)
+        assert answer.token_ids == tuple(best.tolist())
+        assert len(answer.token_ids) == NEW_TOKENS or answer.token_ids[-1] == EOS
+
+
+@both_sizes
+def test_every_rank_gets_every_answer(outcome: Outcome, tensor: int) -> None:
+    first, second = (rank[tensor].answers for rank in outcome.ranks)
+    assert first == second
+    assert first["one"][0].token_ids == first["sampled"][0].token_ids
+
+
+@both_sizes
+def test_responses_repeat_with_their_seed_and_differ_without(outcome: Outcome, tensor: int) -> None:
+    sampled = outcome.answers(tensor, "sampled")
+    assert outcome.answers(tensor, "again") == sampled
+    assert sampled[-1].token_ids != sampled[0].token_ids  # the same prompt, another seed
+    assert outcome.answers(tensor, "updated") != sampled
+
+
+def test_responses_do_not_depend_on_the_engine_size(outcome: Outcome) -> None:
+    one, two = (outcome.answers(tensor, "sampled") for tensor in (1, 2))
+    assert [answer.token_ids for answer in one] == [answer.token_ids for answer in two]
+
+
+@both_sizes
+def test_end_of_sequence_is_kept_and_ends_the_response(outcome: Outcome, tensor: int) -> None:
+    reasons = set()
+    for name in ("sampled", "narrowed", "updated"):
+        for answer in outcome.answers(tensor, name):
+            reasons.add(answer.finish_reason)
+            assert EOS not in answer.token_ids[:-1]
+            if answer.finish_reason == "stop":
+                assert answer.token_ids[-1] == EOS
+            else:
+                assert len(answer.token_ids) == NEW_TOKENS and answer.token_ids[-1] != EOS
+    assert reasons == {"stop", "length"}
+
+
+def test_sync_from_megatron_restores_the_engine_bit_for_bit(outcome: Outcome) -> None:
+    assert outcome.answers(2, "synced") == outcome.answers(2, "sampled")
+    stored = (outcome.model / "model.safetensors").stat().st_size
+    assert 0.9 * stored < outcome.ranks[0][2].synced_bytes < stored
+
+
+@both_sizes
+def test_the_process_is_left_as_it_was(outcome: Outcome, tensor: int) -> None:
+    assert [rank[tensor].changed for rank in outcome.ranks] == [[], []]
+    assert [rank["total"] for rank in outcome.ranks] == [3, 3]
+
+
+@both_sizes
+def test_prompts_that_do_not_fit_are_errors_on_every_rank(outcome: Outcome, tensor: int) -> None:
+    for rank in outcome.ranks:
+        assert "prompt 1 has 0 tokens" in rank[tensor].errors["empty"]
+        assert (
+            f"prompt 1 has {MAX_LENGTH} tokens; the engine takes 1 to {MAX_LENGTH - 1}" in rank[tensor].errors["long"]
+        )
+
+
+def test_an_engine_that_cannot_start_says_why_on_every_rank(outcome: Outcome) -> None:
+    for rank in outcome.ranks:
+        assert "empty/config.json cannot be read" in rank["failures"]["model"]
+        assert "the rollout engine did not start" in rank["failures"]["cache"]
+        assert "change rollout.kv_cache_gib=1e-06, or lower model.max_length (now 128)" in rank["failures"]["cache"]
