@@ -137,7 +137,7 @@ def load_checkpoint(
     if optimizer is not None:
         request["optimizer"] = torch_dist.optimizer_state(optimizer, request["model"], is_loading=True)
     loaded = torch_dist.read(request, directory)
-    torch_dist.unwrap(model).load_state_dict(loaded["model"])
+    torch_dist.load_model_state(model, loaded["model"])
     if optimizer is not None:
         torch_dist.load_optimizer_state(optimizer, loaded["optimizer"])
     if same_mesh:
@@ -156,7 +156,7 @@ def load_model_weights(directory: str | Path, model: nn.Module) -> None:
     directory = Path(directory).absolute()
     _read_record(directory)
     loaded = torch_dist.read({"model": torch_dist.model_state(model)}, directory)
-    torch_dist.unwrap(model).load_state_dict(loaded["model"])
+    torch_dist.load_model_state(model, loaded["model"])
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:

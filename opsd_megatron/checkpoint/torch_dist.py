@@ -72,9 +72,21 @@ def on_rank_zero(action: Any, *args: Any) -> None:
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The model's tensors with their place in the global ones. Building it moves no data."""
+    """The model's tensors with their place in the global ones. Building it moves no data.
+
+    Module "extra states" (8-bit scaling factors) are left out: nothing here uses them, and which modules have one
+    depends on the backend, while a checkpoint of one backend loads in the other.
+    """
     module = unwrap(model)
-    return module.sharded_state_dict(metadata={**_METADATA, "dp_cp_group": module.pg_collection.dp_cp})  # type: ignore
+    state = module.sharded_state_dict(metadata={**_METADATA, "dp_cp_group": module.pg_collection.dp_cp})
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Hand what :func:`read` returned for :func:`model_state` to the model."""
+    left_out = unwrap(model).load_state_dict(state, strict=False)
+    wrong = [name for name in (*left_out.missing_keys, *left_out.unexpected_keys) if not name.endswith("_extra_state")]
+    assert not wrong, f"the model's state dict and its sharded one have different names: {wrong}"
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:

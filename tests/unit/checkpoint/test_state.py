@@ -1,0 +1,255 @@
+"""Checkpoints on real ranks: any mesh loads any other's bit for bit, resuming is exact, failures leave nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from opsd_megatron.checkpoint import state, torch_dist
+from opsd_megatron.checkpoint.atomic import is_leftover
+from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+from opsd_megatron.checkpoint.state import latest_checkpoint, load_checkpoint, load_model_weights
+from opsd_megatron.errors import CheckpointError
+from tests.distributed import run_distributed
+from tests.tiny import make_tiny_qwen3
+from tests.unit.checkpoint.mesh import Mesh, Run, run_on, stored
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3(tmp_path_factory.mktemp("tied"), num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3(tmp_path_factory.mktemp("untied"), num_layers=2, tied=False)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def load(run: Run, directory: Path) -> state.TrainerState:
+    return load_checkpoint(directory, model=run.trainable.model, optimizer=run.trainable.optimizer)
+
+
+def travel(source: Path, root: Path, meshes: list[Mesh]) -> list[bool]:
+    """Carry one state over meshes, saving it on each; whether each saved the same weights and optimizer state."""
+    with run_on(meshes[0], source) as run:
+        run.steps(1, 2)
+        run.save(root / "step_0")
+        weights, tensors = run.exported(), stored(root / "step_0")
+    assert sum(name.startswith("optimizer.state.exp_avg_sq.") for name in tensors) >= 10
+    outcome = []
+    for number, mesh in enumerate(meshes[1:], start=1):
+        with run_on(mesh, source, weights=False) as run:
+            load(run, root / f"step_{number - 1}")
+            run.save(root / f"step_{number}")
+            outcome.append(equal(run.exported(), weights) and equal(stored(root / f"step_{number}"), tensors))
+    return outcome
+
+
+def test_weights_and_optimizer_state_over_four_ranks(untied: Path, tmp_path: Path) -> None:
+    meshes = [Mesh(tp=2, pp=2), Mesh(), Mesh(pp=2), Mesh(tp=2), Mesh(tp=2, pp=2)]
+    assert run_distributed(travel, 4, untied, tmp_path, meshes) == [[True] * 4] * 4
+
+
+@pytest.mark.parametrize(("sharded", "dtype"), [(True, "bfloat16"), (False, "float32"), (False, "bfloat16")])
+def test_weights_and_optimizer_state_over_two_ranks(tied: Path, tmp_path: Path, sharded: bool, dtype: str) -> None:
+    meshes = [Mesh(tp=tp, pp=pp, sharded_optimizer=sharded, dtype=dtype) for tp, pp in [(2, 1), (1, 2), (1, 1), (2, 1)]]
+    assert run_distributed(travel, 2, tied, tmp_path, meshes) == [[True] * 3] * 2
+
+
+def change_padding(source: Path, root: Path) -> bool:
+    with run_on(Mesh(tp=2), source) as run:
+        run.steps(1, 1)
+        run.save(root / "step_1")
+        weights = run.exported()
+    with run_on(Mesh(), source, weights=False) as run:
+        load(run, root / "step_1")
+        run.save(root / "step_2")
+        assert run.model.output_head().shape[0] == 271
+        same = equal(run.exported(), weights)
+    with run_on(Mesh(tp=2), source, weights=False) as run:
+        load(run, root / "step_2")
+        return same and equal(run.exported(), weights)
+
+
+def test_a_vocabulary_padded_on_one_mesh_loads_on_another(tmp_path: Path) -> None:
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=2, vocab_size=271)
+    assert run_distributed(change_padding, 2, source, tmp_path) == [True, True]
+
+
+def resume(source: Path, root: Path, mesh: Mesh) -> dict[str, bool]:
+    outcome = {}
+    with run_on(mesh, source) as run:
+        run.steps(1, 2)
+        torch.rand(3)
+        run.save(root / "step_2", 2)
+        drawn = torch.rand(3)
+        run.steps(3, 4)
+        uninterrupted = run.exported()
+    with run_on(mesh, source, weights=False) as run:
+        loaded = load(run, root / "step_2")
+        outcome["state"] = loaded == state.TrainerState(2, sampler={"position": 2}, identity={"run": "test"})
+        outcome["random numbers"] = torch.equal(torch.rand(3), drawn)
+        run.trainable.scheduler.step(2)
+        run.steps(3, 4)
+        outcome["weights"] = equal(run.exported(), uninterrupted)
+    return outcome
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2, sharded_optimizer=False), Mesh(pp=2, dtype="bfloat16")])
+def test_resuming_is_exact(tied: Path, tmp_path: Path, mesh: Mesh) -> None:
+    expected = {"state": True, "random numbers": True, "weights": True}
+    assert run_distributed(resume, 2, tied, tmp_path, mesh) == [expected] * 2
+
+
+def other_uses(source: Path, root: Path) -> dict[str, bool]:
+    """Saving before the first step, saving weights only, and random state on another mesh."""
+    outcome = {}
+    with run_on(Mesh(tp=2), source) as run:
+        run.save(root / "step_0")
+        run.save(root / "weights", weights_only=True)
+        initial = run.exported()
+        run.steps(1, 2)
+        trained = run.exported()
+    with run_on(Mesh(tp=2), source, weights=False) as run:
+        load(run, root / "step_0")
+        run.steps(1, 2)
+        outcome["continues from an optimizer that has not stepped"] = equal(run.exported(), trained)
+    with run_on(Mesh(), source, weights=False) as run:
+        load_model_weights(root / "weights", run.model)
+        outcome["weights only"] = equal(run.exported(), initial)
+        generator = torch.get_rng_state()
+        load(run, root / "step_0")
+        outcome["another mesh leaves the random state alone"] = torch.equal(torch.get_rng_state(), generator)
+        try:
+            load(run, root / "weights")
+        except CheckpointError as error:
+            outcome["no optimizer state"] = "weights only" in str(error)
+    return outcome
+
+
+def test_other_uses(tied: Path, tmp_path: Path) -> None:
+    for outcome in run_distributed(other_uses, 2, tied, tmp_path):
+        assert len(outcome) == 4 and all(outcome.values()), outcome
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "weights" / "hf" / name).read_bytes() == (tied / name).read_bytes()
+    assert not list((tmp_path / "weights").rglob("*.safetensors"))
+
+
+def fail(source: Path, root: Path, where: str) -> str:
+    """Save once, then again with a full disk on one rank; the message of the second."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def raise_full(*args: object, **kwargs: object) -> None:
+        raise full
+
+    with run_on(Mesh(tp=2), source) as run:
+        run.save(root / "step_1", 1)
+        if where == "rank 1" and run.dims.rank == 1:
+            torch_dist.FileSystemWriter.write_data = raise_full  # type: ignore[method-assign]
+        if where == "common state":
+            torch_dist.TorchCommonSaveStrategy.save_common = raise_full  # type: ignore[method-assign]
+        if where == "last files":
+            state.copy_hf_files = raise_full  # type: ignore[assignment]
+        try:
+            run.save(root / "step_2", 2)
+        except CheckpointError as error:
+            return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("where", ["rank 1", "common state", "last files"])
+def test_a_full_disk_on_one_rank_stops_all_and_leaves_nothing(tied: Path, tmp_path: Path, where: str) -> None:
+    messages = run_distributed(fail, 2, tied, tmp_path, where)
+    assert messages[0] == messages[1] and "No space left on device" in messages[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_1"
+
+
+def save_and_die(source: Path, root: Path) -> None:
+    with run_on(Mesh(), source) as run:
+        run.save(root / "step_1", 1)
+        state._finish = lambda *args: os._exit(9)
+        run.save(root / "step_2", 2)
+
+
+def save_again(source: Path, root: Path) -> bool:
+    with run_on(Mesh(), source) as run:
+        load(run, root / "step_1")
+        run.save(root / "step_3", 3)
+        before = stored(root / "step_3")
+        with pytest.raises(CheckpointError, match="already exists"):
+            run.save(root / "step_3", 3)
+        return equal(stored(root / "step_3"), before)
+
+
+def test_a_killed_save_is_ignored_then_cleaned_up(tied: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="exit code 9"):
+        run_distributed(save_and_die, 1, tied, tmp_path)
+    leftover = tmp_path / ".step_2.tmp"
+    assert is_leftover(leftover) and list(leftover.glob("*.distcp"))
+    assert not (tmp_path / "step_2").exists() and latest_checkpoint(tmp_path) == tmp_path / "step_1"
+    assert run_distributed(save_again, 1, tied, tmp_path) == [True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_3"]
+
+
+def load_broken(source: Path, others: dict[str, Path], root: Path) -> dict[str, str]:
+    """Messages of loading checkpoints that are damaged or of another model."""
+    with run_on(Mesh(), source) as run:
+        run.save(root / "good")
+    for name in ("cut shard", "no shard", "no record", "bad record", "noise metadata", "noise shard"):
+        shutil.copytree(root / "good", root / name)
+    shard = "__0_0.distcp"
+    (root / "cut shard" / shard).write_bytes((root / "good" / shard).read_bytes()[:-100])
+    (root / "no shard" / shard).unlink()
+    (root / "no record" / "trainer.json").unlink()
+    (root / "bad record" / "trainer.json").write_text("{")
+    for name, file in (("noise metadata", ".metadata"), ("noise shard", shard)):
+        (root / name / file).write_bytes(b"\x07" * (root / name / file).stat().st_size)
+    messages = {}
+    with run_on(Mesh(), source, weights=False) as run:
+        for name in ("cut shard", "no shard", "no record", "bad record", "noise metadata", "noise shard", "nowhere"):
+            try:
+                load(run, root / name)
+            except CheckpointError as error:
+                messages[name] = str(error)
+    for name, other in others.items():
+        with run_on(Mesh(), other, weights=False) as run:
+            try:
+                load_model_weights(root / "good", run.model)
+            except CheckpointError as error:
+                messages[name] = str(error)
+    return messages
+
+
+def test_damaged_and_foreign_checkpoints_are_named(tied: Path, untied: Path, tmp_path: Path) -> None:
+    others = {"untied": untied, "wider": make_tiny_qwen3(tmp_path / "wider", num_layers=2, ffn=64)}
+    (messages,) = run_distributed(load_broken, 1, tied, others, tmp_path)
+    parts = {
+        "cut shard": ("__0_0.distcp has", "instead of"),
+        "no shard": ("__0_0.distcp is missing",),
+        "no record": ("is not a complete checkpoint", "trainer.json"),
+        "bad record": ("trainer.json cannot be read",),
+        "noise metadata": (".metadata cannot be read",),
+        "noise shard": ("noise shard cannot be loaded",),
+        "nowhere": ("there is no checkpoint", "nowhere"),
+        "untied": ("no tensor output_layer.weight", "different model"),
+        "wider": ("linear_fc1.weight", "different model"),
+    }
+    assert messages.keys() == parts.keys()
+    for name, expected in parts.items():
+        assert all(part in messages[name] for part in expected) and "\n" not in messages[name], messages[name]
+
+
+def test_weights_equal_the_directory_they_came_from(tied: Path) -> None:
+    """The comparisons above are of weights that differ between tensors and are not zero."""
+    reader = SafetensorsReader(tied)
+    assert all(reader.get(name).float().std() > 0.01 for name in reader.names())

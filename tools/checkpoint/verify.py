@@ -1,0 +1,85 @@
+"""Check that a Megatron checkpoint and a Hugging Face directory hold the same model.
+
+    python tools/checkpoint/verify.py --hf HF_DIR --checkpoint DIR
+
+Compares every tensor bit for bit, then the logits of transformers and of this package's model on sample token ids, both
+in float32. Prints a table; the exit status is 0 where they agree, 1 where they differ and 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+from opsd_megatron.errors import EXIT_BAD_INPUT, OpsdError
+
+# Largest difference of float32 logits that rounding explains: the two sum in different orders.
+LOGIT_BOUND = 1e-4
+SAMPLE_LENGTHS = (48, 17, 1)
+SHOWN = 10
+
+
+def largest_logit_difference(hf: str, checkpoint: str) -> float:
+    """Largest absolute difference of the two models' logits on random token ids."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from opsd_megatron.checkpoint.convert import checkpoint_logits
+    from opsd_megatron.models.qwen3 import read_spec
+
+    logging.disable_progress_bar()
+    vocab_size = read_spec(hf).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(vocab_size, (length,), generator=generator) for length in SAMPLE_LENGTHS]
+    reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = [reference(sample.unsqueeze(0)).logits[0] for sample in samples]
+    del reference
+    logits = checkpoint_logits(checkpoint, [sample.tolist() for sample in samples])
+    return max((ours - theirs).abs().max().item() for ours, theirs in zip(logits, expected, strict=True))
+
+
+def verify(hf: str, checkpoint: str) -> bool:
+    """Compare and print the table; True where the two agree."""
+    from opsd_megatron.checkpoint.convert import compare_tensors
+    from opsd_megatron.models.qwen3 import resolve_model_path
+
+    hf = str(resolve_model_path(hf))
+    count, differences = compare_tensors(hf, checkpoint)
+    rows = [("tensors, bit for bit", f"{count - len(differences)} of {count} equal", not differences)]
+    if any(difference.largest is None for difference in differences):
+        rows.append((f"logits, {sum(SAMPLE_LENGTHS)} positions", "not compared: the models have other tensors", False))
+    else:
+        largest = largest_logit_difference(hf, checkpoint)
+        text = f"largest difference {largest:.2g} (at most {LOGIT_BOUND:g})"
+        rows.append((f"logits, {sum(SAMPLE_LENGTHS)} positions", text, largest <= LOGIT_BOUND))
+    for what, found, agrees in rows:
+        print(f"{what:<24} {found:<44} {'ok' if agrees else 'DIFFERENT'}")
+    for difference in differences[:SHOWN]:
+        by = "" if difference.largest is None else f" by up to {difference.largest:.3g}"
+        print(f"  {difference.name}: {difference.reason}{by}")
+    if len(differences) > SHOWN:
+        print(f"  and {len(differences) - SHOWN} more")
+    return all(agrees for _, _, agrees in rows)
+
+
+def main() -> int:
+    """Run the tool; see the module's first lines for the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf", required=True, metavar="HF_DIR", help="Hugging Face directory or Hub name")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="step_N directory, or a converted one")
+    options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # compared on the CPU in float32; set before torch looks for a device
+    warnings.filterwarnings("ignore", module="megatron")  # it names every optional library that is not installed
+    try:
+        return 0 if verify(options.hf, options.checkpoint) else 1
+    except OpsdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
