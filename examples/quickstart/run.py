@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,70 +19,84 @@ from stages import StageError, StageRunner, cost_table
 
 from opsd_megatron.telemetry.files import write_atomically
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-TOOLS = Path("tools", "checkpoint")
+ROOT = Path(__file__).resolve().parents[2]
+# The commands run in ROOT and their paths are relative to it, so that they can be repeated as they are printed.
+SCRIPTS = Path("examples", "quickstart")
+TO_HUGGING_FACE = Path("tools", "checkpoint", "megatron_to_hf.py")
 # Two ranks stand for two devices. One thread each: on a model this small, more only wait for each other.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opsd_megatron.train")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 STAGES = 8
 
 
+def train(experiment: str, settings: Mapping[str, object]) -> list[str]:
+    """The command of a training run."""
+    return [*TORCHRUN, f"experiment={experiment}", *(f"{key}={value}" for key, value in settings.items())]
+
+
 def run_stages(output: Path) -> StageRunner:
-    """From no data and no model to a distilled one, checked in two other programs."""
+    """From no data and no model to a distilled one, checked in two other programs.
+
+    Args:
+        output: Directory for everything; a relative one is relative to ``ROOT``.
+    """
     data, model, base, distilled = output / "data", output / "model", output / "base", output / "opsd_hf"
-    train, held_out = f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'eval.jsonl'}"
-    stages = StageRunner(output / "stages", cwd=ROOT, environment=ENVIRONMENT, total=STAGES)
+    stages = StageRunner(ROOT / output / "stages", cwd=ROOT, environment=ENVIRONMENT, total=STAGES)
 
-    stages.run("data", "Make the task's data", HERE / "make_data.py", "--output", data)
-    stages.run("model", "Make a tiny Qwen3", HERE / "make_model.py", "--data", data, "--output", model)
+    stages.run("data", "Make the task's data", [SCRIPTS / "make_data.py", "--output", data])
+    stages.run("model", "Make a tiny Qwen3", [SCRIPTS / "make_model.py", "--data", data, "--output", model])
 
+    warm_start = {
+        "model.path": model,
+        "data.train": data / "warm_start.jsonl",
+        "output_dir": output / "warm_start",
+        "checkpoint.resume": "true",
+    }
     stages.run(
         "warm_start",
         "Warm-start: cross-entropy on noisy solutions, data parallel over 2 ranks",
-        *TORCHRUN,
-        "experiment=quickstart_sft",
-        f"model.path={model}",
-        f"data.train={data / 'warm_start.jsonl'}",
-        f"output_dir={output / 'warm_start'}",
-        "checkpoint.resume=true",
+        train("quickstart_sft", warm_start),
     )
-    warm = output / "warm_start" / "checkpoints" / "step_800"
     stages.run(
         "base",
         "Convert the Megatron checkpoint to Hugging Face format: the base model",
-        *(TOOLS / "megatron_to_hf.py", "--checkpoint", warm, "--output", base),
+        [TO_HUGGING_FACE, "--checkpoint", output / "warm_start/checkpoints/step_800", "--output", base],
     )
 
-    distil = (*TORCHRUN, "experiment=quickstart_opsd", f"model.path={base}", train, held_out)
+    distil = {
+        "model.path": base,
+        "data.train": data / "train.jsonl",
+        "data.eval": data / "eval.jsonl",
+        "checkpoint.resume": "true",
+    }
     stages.run(
         "opsd",
         "OPSD: the teacher sees the reference; tensor parallel over 2 ranks, vLLM rollouts",
-        *(*distil, "data.privileged=reference", f"output_dir={output / 'opsd'}", "checkpoint.resume=true"),
+        train("quickstart_opsd", {**distil, "data.privileged": "reference", "output_dir": output / "opsd"}),
     )
     stages.run(
         "control",
         "Control: the same, but the teacher sees no reference",
-        *(*distil, "data.privileged=none", f"output_dir={output / 'control'}", "checkpoint.resume=true"),
+        train("quickstart_opsd", {**distil, "data.privileged": "none", "output_dir": output / "control"}),
     )
 
-    final = output / "opsd" / "checkpoints" / "step_30"
     stages.run(
         "export",
         "Convert the distilled model",
-        *(TOOLS / "megatron_to_hf.py", "--checkpoint", final, "--output", distilled),
+        [TO_HUGGING_FACE, "--checkpoint", output / "opsd/checkpoints/step_30", "--output", distilled],
     )
+    check = ["--model", distilled, "--eval", data / "eval.jsonl", "--output", output / "check.json"]
     stages.run(
         "check",
         "Load the export in transformers and in vLLM and compare greedy answers",
-        *(HERE / "check_export.py", "--model", distilled, "--eval", data / "eval.jsonl"),
-        *("--output", output / "check.json"),
+        [SCRIPTS / "check_export.py", *check],
     )
     return stages
 
 
 def summarise(output: Path, stages: StageRunner) -> bool:
     """Print and save the results; whether OPSD beat both the base model and the control beyond doubt."""
+    output = ROOT / output
     opsd, control = report.read_run(output / "opsd"), report.read_run(output / "control")
     passed = report.verdict(opsd, control)
     phases = opsd.seconds_by_phase()
@@ -125,6 +140,8 @@ def main() -> int:
     output = arguments.output.resolve()
     if arguments.fresh:
         output = fresh_directory(output)
+    if output.is_relative_to(ROOT):
+        output = output.relative_to(ROOT)
     print(f"quickstart in {output}")
     try:
         stages = run_stages(output)

@@ -62,7 +62,7 @@ class StageRunner:
         self._started = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, title: str, *arguments: str | Path) -> StageRecord:
+    def run(self, name: str, title: str, arguments: Sequence[object]) -> StageRecord:
         """Run ``python ARGUMENTS`` unless the stage is finished; its output goes to this process's.
 
         Raises:

@@ -242,18 +242,18 @@ def runner(quickstart: dict[str, ModuleType], directory: Path) -> Any:
 
 
 def test_a_finished_stage_is_not_run_again(quickstart: dict[str, ModuleType], tmp_path: Path) -> None:
-    arguments = ("-c", "import pathlib; pathlib.Path('made').open('x')")  # fails where the file exists
-    first = runner(quickstart, tmp_path).run("make", "Make a file", *arguments)
-    again = runner(quickstart, tmp_path).run("make", "Make a file", *arguments)
+    arguments = ["-c", "import pathlib; pathlib.Path('made').open('x')"]  # fails where the file exists
+    first = runner(quickstart, tmp_path).run("make", "Make a file", arguments)
+    again = runner(quickstart, tmp_path).run("make", "Make a file", arguments)
     assert again == first
     assert first.largest_process_gib >= 0
     with pytest.raises(quickstart["stages"].StageError, match="--fresh"):
-        runner(quickstart, tmp_path).run("make", "Make a file", "-c", "pass")
+        runner(quickstart, tmp_path).run("make", "Make a file", ["-c", "pass"])
 
 
 def test_a_failed_stage_is_an_error_and_runs_again(quickstart: dict[str, ModuleType], tmp_path: Path) -> None:
-    arguments = ("-c", "import pathlib, sys; sys.exit(0 if pathlib.Path('ready').exists() else 3)")
+    arguments = ["-c", "import pathlib, sys; sys.exit(0 if pathlib.Path('ready').exists() else 3)"]
     with pytest.raises(quickstart["stages"].StageError, match="exit code 3"):
-        runner(quickstart, tmp_path).run("wait", "Wait", *arguments)
+        runner(quickstart, tmp_path).run("wait", "Wait", arguments)
     (tmp_path / "ready").touch()
-    assert runner(quickstart, tmp_path).run("wait", "Wait", *arguments).name == "wait"
+    assert runner(quickstart, tmp_path).run("wait", "Wait", arguments).name == "wait"
