@@ -20,8 +20,8 @@ class _CudaLiteralsToCpu(TorchFunctionMode):
     """Creates tensors asked for on ``"cuda"`` on the CPU instead.
 
     Needed by literal ``device="cuda"`` arguments: ``pipeline_parallel/schedules.py:596,2138`` (token counts),
-    ``optimizer/optimizer.py:473,481,485,907`` and ``optimizer/clip_grads.py:90,103,115,207`` (norms and overflow
-    flags), ``dist_checkpointing/exchange_utils.py:98-110,326`` and
+    ``optimizer/optimizer.py:473,481,485,907``, ``optimizer/clip_grads.py:90,103,115,174,207`` and ``utils.py:1207``
+    (norms and overflow flags), ``dist_checkpointing/exchange_utils.py:98-110,326`` and
     ``dist_checkpointing/strategies/state_dict_saver.py:204`` (parallel save and load).
     """
 
@@ -53,9 +53,9 @@ def install_cpu_stand_ins() -> None:
     if torch.cuda.is_available() or _mode is not None:
         return
 
-    # tensor_parallel/mappings.py:91-181 and layers.py:552-607 (buffers of the sequence-parallel collectives),
-    # models/common/embeddings/rotary_pos_embedding.py:162, pipeline_parallel/p2p_communication.py:190-321 (received
-    # shapes and activations), distributed/param_and_grad_buffer.py:783-806 (parameter and gradient buffers).
+    # tensor_parallel/mappings.py:91-181 and layers.py:552-607, utils.py:631 (buffers of the sequence-parallel
+    # collectives), models/common/embeddings/rotary_pos_embedding.py:162, pipeline_parallel/p2p_communication.py:190-321
+    # (received shapes and activations), distributed/param_and_grad_buffer.py:783-806 (parameter and gradient buffers).
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
 
     # pipeline_parallel/p2p_communication.py:242 (after exchanging shapes), dist_checkpointing/strategies/
@@ -66,7 +66,7 @@ def install_cpu_stand_ins() -> None:
     # dist_checkpointing/exchange_utils.py:336,499.
     Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
-    # optimizer/distrib_optimizer.py:361,420 and optimizer/optimizer.py:671,690 sort parameters by
+    # optimizer/distrib_optimizer.py:361,420,582 and optimizer/optimizer.py:671,690 sort parameters by
     # "torch.cuda.FloatTensor"-like strings; optimizer/clip_grads.py:167 asserts one.
     Tensor.type = _type  # type: ignore[method-assign, assignment]
 
@@ -76,10 +76,10 @@ def install_cpu_stand_ins() -> None:
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     import megatron.core.tensor_parallel.random as megatron_random
 
-    # tensor_parallel/random.py:36,74: its own helpers reach into torch._C and torch.cuda.default_generators, which are
-    # empty without a device.
+    # tensor_parallel/random.py:240-277,447,457 call two helpers of the same file that reach into torch._C and
+    # torch.cuda.default_generators, which are empty without a device.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     _mode = _CudaLiteralsToCpu()
-    _mode.__enter__()  # type: ignore[no-untyped-call]
+    _mode.__enter__()

@@ -65,7 +65,7 @@ def resolve_model_path(path_or_name: str | Path) -> Path:
     Raises:
         ModelError: Neither a directory nor a model that can be had from the Hub.
     """
-    path = Path(path_or_name)
+    path = Path(path_or_name).expanduser()
     if path.is_dir():
         return path
     name = str(path_or_name)

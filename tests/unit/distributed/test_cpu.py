@@ -1,0 +1,72 @@
+"""The stand-ins, in a process of their own: they are global and would outlive a test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+
+
+def test_stand_ins() -> None:
+    run_distributed(_stand_ins, 1)
+
+
+def _stand_ins() -> None:
+    import megatron.core.tensor_parallel  # noqa: F401 - imported before them, as after: the order does not matter
+
+    from opsd_megatron.distributed.cpu import install_cpu_stand_ins
+
+    install_cpu_stand_ins()
+    _cuda_requests_land_on_the_cpu()
+    _tensor_types_read_as_cuda_and_still_convert()
+    _random_state_is_tracked_on_the_cpu_generator()
+    depth, kind = torch._C._len_torch_function_stack(), torch.Tensor.type
+    install_cpu_stand_ins()
+    assert torch._C._len_torch_function_stack() == depth
+    assert torch.Tensor.type is kind
+
+
+def _cuda_requests_land_on_the_cpu() -> None:
+    for made in (
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0], device=torch.device("cuda", 0)),
+        torch.empty(2, device=torch.cuda.current_device()),
+        torch.empty_like(torch.zeros(2), device="cuda:1"),
+    ):
+        assert made.device.type == "cpu"
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    x = torch.zeros(2)
+    assert x.cuda() is x
+    torch.cuda.synchronize()
+
+
+def _tensor_types_read_as_cuda_and_still_convert() -> None:
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def _random_state_is_tracked_on_the_cpu_generator() -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+    draws = []
+    for _ in range(2):
+        model_parallel_cuda_manual_seed(5, tp_rank=0, ep_rank=0, etp_rank=0)
+        with get_cuda_rng_tracker().fork():
+            inside = torch.rand(3)
+        draws.append((inside, torch.rand(3)))
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
+    assert not torch.equal(*draws[0])
+
+
+def test_a_cuda_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opsd_megatron.distributed.cpu import install_cpu_stand_ins
+
+    before = (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.cuda, torch.Tensor.type)
+    depth = torch._C._len_torch_function_stack()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    install_cpu_stand_ins()
+    assert before == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.cuda, torch.Tensor.type)
+    assert torch._C._len_torch_function_stack() == depth

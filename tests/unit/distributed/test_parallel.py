@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from opsd_megatron.config import ParallelConfig
+from tests.distributed import run_distributed
+
+
+def test_coordinates_and_groups_of_a_mesh_of_four() -> None:
+    """Tensor-parallel ranks are neighbours, stages are furthest apart."""
+    found = run_distributed(_coordinates, 4, ParallelConfig(tensor=2, pipeline=2, sequence=True))
+    assert [(c["tp_rank"], c["pp_rank"], c["dp_rank"]) for c in found] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert [c["tp_ranks"] for c in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [c["pp_ranks"] for c in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [c["first_last"] for c in found] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [c["ends"] for c in found] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert all(c["sizes"] == (2, 2, 1, 4) and c["sequence"] for c in found)
+
+
+def _coordinates(parallel: ParallelConfig) -> dict[str, Any]:
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    dims = ParallelDims.initialize(parallel)
+    assert dims.device == torch.device("cpu")
+    assert dims.pg_collection.dp_cp.size() == dims.dp
+    assert dims.rank == dist.get_rank()
+    return {
+        "tp_rank": dims.tp_rank,
+        "pp_rank": dims.pp_rank,
+        "dp_rank": dims.dp_rank,
+        "tp_ranks": dist.get_process_group_ranks(dims.tp_group),
+        "pp_ranks": dist.get_process_group_ranks(dims.pp_group),
+        "first_last": (dims.is_first_stage, dims.is_last_stage),
+        "ends": (dims.first_stage_rank, dims.last_stage_rank),
+        "sizes": (dims.tp, dims.pp, dims.dp, dims.world_size),
+        "sequence": dims.sequence_parallel,
+    }
+
+
+def test_two_ranks_rebuild_seed_and_communicate() -> None:
+    """One launch of two ranks for what needs no more: data parallelism, another mesh, seeds, object collectives."""
+    run_distributed(_two_ranks, 2)
+
+
+def _two_ranks() -> None:
+    from opsd_megatron.distributed.collectives import broadcast_object, gather_objects, gather_shards
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    dims = ParallelDims.initialize(ParallelConfig())
+    rank = dist.get_rank()
+    assert (dims.dp, dims.dp_rank, dims.tp, dims.is_first_stage, dims.is_last_stage) == (2, rank, 1, True, True)
+    dims.destroy()
+    assert dist.is_initialized()  # the default group was there before the mesh
+
+    dims = ParallelDims.initialize(ParallelConfig(tensor=2))
+    assert dims.tp_rank == rank
+    _check_seeds(dims)
+    assert broadcast_object({"rank": rank}, src=1) == {"rank": 1}
+    assert gather_objects(("rank", rank)) == [("rank", 0), ("rank", 1)]
+    transposed = torch.full((2, 3), float(rank)).t()
+    assert [shard.tolist() for shard in gather_shards(transposed, dims.tp_group)] == [[[0.0] * 2] * 3, [[1.0] * 2] * 3]
+
+
+def _check_seeds(dims: Any) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from opsd_megatron.distributed.collectives import gather_objects
+    from opsd_megatron.distributed.seed import seed_everything
+
+    def draw() -> tuple[tuple[float, float, float], float]:
+        seed_everything(3, dims)
+        common = (random.random(), float(np.random.rand()), torch.rand(()).item())
+        with get_cuda_rng_tracker().fork():
+            return common, torch.rand(()).item()
+
+    first, second = draw(), draw()
+    assert first == second
+    (common_0, own_0), (common_1, own_1) = gather_objects(first)
+    assert common_0 == common_1
+    assert own_0 != own_1
+
+
+def test_a_process_without_torchrun_is_a_world_of_its_own() -> None:
+    run_distributed(_alone, 1)
+
+
+def _alone() -> None:
+    from opsd_megatron.distributed.collectives import broadcast_object
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    for _ in range(2):
+        dims = ParallelDims.initialize(ParallelConfig())
+        assert (dims.world_size, dims.rank) == (1, 0)
+        assert broadcast_object("here") == "here"
+        dims.destroy()
+        assert not dist.is_initialized()

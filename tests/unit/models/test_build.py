@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opsd_megatron.config import Config
+from opsd_megatron.errors import ConfigError
+from opsd_megatron.models.backends import choose_backend
+from tests.distributed import run_distributed
+from tests.tiny import make_tiny_qwen3
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "installed", "chosen"),
+    [
+        ("auto", CPU, True, "torch"),
+        ("auto", CUDA, True, "transformer_engine"),
+        ("auto", CUDA, False, "torch"),
+        ("torch", CUDA, True, "torch"),
+        ("transformer_engine", CUDA, True, "transformer_engine"),
+    ],
+)
+def test_backend_choice(
+    name: str, device: torch.device, installed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    assert choose_backend(name, device) == chosen
+
+
+@pytest.mark.parametrize(("device", "needs"), [(CPU, "CUDA device"), (CUDA, "transformer_engine package")])
+def test_transformer_engine_where_it_cannot_be(
+    device: torch.device, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=f"model.backend=transformer_engine needs .*{needs}"):
+        choose_backend("transformer_engine", device)
+
+
+def test_a_stage_in_bf16_at_tp_2_pp_2(tmp_path: Path) -> None:
+    """bf16 with vocabulary padding: 263 rows make 132 a shard. Everything comes back rounded once."""
+    path = make_tiny_qwen3(tmp_path, vocab_size=263, num_layers=2, max_shard_size="100KB")
+    run_distributed(_stage, 4, path)
+
+
+def _stage(path: Path) -> None:
+    from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.models.build import build_model
+    from opsd_megatron.models.export import export_hf_weights
+    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.weight_map import load_hf_weights
+
+    config = Config()
+    config.parallel.tensor = config.parallel.pipeline = 2
+    dims = ParallelDims.initialize(config.parallel)
+    spec, reader = read_spec(path), SafetensorsReader(path)
+    model = build_model(spec, config, dims)
+    load_hf_weights(model, spec, reader, dims)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    _check_marks(dict(model.named_parameters()), dims)
+    if dims.is_last_stage:
+        head = model.output_head()
+        rows = reader.get("model.embed_tokens.weight").bfloat16()
+        assert torch.equal(head[:131], rows[132 * dims.tp_rank :][:131])
+        assert dims.tp_rank == 0 or not head[131].any()
+    exported = list(export_hf_weights(model, spec, dims))
+    assert sorted(name for name, _ in exported) == reader.names()
+    assert all(torch.equal(tensor, reader.get(name).bfloat16()) for name, tensor in exported)
+
+
+def _check_marks(parameters: dict[str, Any], dims: Any) -> None:
+    """Gradient norms count a shard on every rank, a replica on one, and the copy of a tied embedding not at all."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    for name, parameter in parameters.items():
+        counted = param_is_not_tensor_parallel_duplicate(parameter, dims.tp_group)
+        assert counted == ("norm" not in name or dims.tp_rank == 0), name
+        assert param_is_not_shared(parameter) == (name != "output_layer.weight"), name
+    assert ("output_layer.weight" in parameters) == dims.is_last_stage
+    assert ("embedding.word_embeddings.weight" in parameters) == dims.is_first_stage

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsd_megatron.config import Config
+from opsd_megatron.errors import ConfigError, ModelError
+from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh, read_spec, resolve_model_path
+
+# Qwen/Qwen3-0.6B as published, before transformers 5.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+SPEC = Qwen3Spec(
+    num_layers=28,
+    hidden_size=1024,
+    ffn_size=3072,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    tied=True,
+    max_positions=40960,
+    dtype="bfloat16",
+)
+
+
+def write(directory: Path, **changes: object) -> Path:
+    raw = {key: value for key, value in (PUBLISHED | changes).items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def test_published_config(tmp_path: Path) -> None:
+    assert read_spec(write(tmp_path)) == SPEC
+
+
+def test_config_as_transformers_5_writes_it(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1000000}
+    write(tmp_path, rope_theta=..., rope_scaling=..., rope_parameters=rope, torch_dtype=..., dtype="bfloat16")
+    assert read_spec(tmp_path) == SPEC
+
+
+def test_config_written_by_the_installed_transformers(tmp_path: Path) -> None:
+    from transformers import Qwen3Config
+
+    Qwen3Config(**PUBLISHED).save_pretrained(tmp_path)
+    assert read_spec(tmp_path) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
+        ({"model_type": ...}, "model_type is None"),
+        ({"head_dim": ...}, "head_dim is missing"),
+        ({"num_hidden_layers": ...}, "num_hidden_layers is missing"),
+        ({"rope_theta": ...}, "rope_theta is missing"),
+        ({"hidden_size": "1024"}, "hidden_size='1024' is not a positive number"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"num_attention_heads": 2.5}, "num_attention_heads=2.5 is not an integer"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary scaling 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rotary scaling 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+    ],
+)
+def test_what_is_not_supported_is_named_with_its_file(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError) as raised:
+        read_spec(write(tmp_path, **changes))
+    assert named in str(raised.value)
+    assert str(tmp_path / "config.json") in str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "named"), [('{"model_type": ', "JSON"), ("[1]", "JSON list"), ("\xff\xfe", "JSON")])
+def test_malformed_config_names_its_file(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ModelError, match=named) as raised:
+        read_spec(tmp_path)
+    assert str(tmp_path / "config.json") in str(raised.value)
+
+
+def test_directory_without_config_and_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        read_spec(tmp_path)
+    with pytest.raises(ModelError, match="does not exist"):
+        read_spec(tmp_path / "absent")
+
+
+def test_a_local_directory_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert resolve_model_path("Qwen/Qwen3-0.6B") == Path("Qwen/Qwen3-0.6B")
+
+
+def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name.replace("/", "--")))
+    assert resolve_model_path("Qwen/Qwen3-0.6B") == tmp_path / "Qwen--Qwen3-0.6B"
+
+
+def test_an_unreachable_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("connection refused\nand much more")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"Qwen/Qwen3-0\.6B is not a local directory.*connection refused$"):
+        resolve_model_path("Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize("path", ["/absent/model", "./absent", "absent", "a/b/c"])
+def test_what_cannot_be_a_hub_name_is_not_asked_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    with pytest.raises(ModelError, match="is not a directory"):
+        resolve_model_path(path)
+
+
+def config(**keys: object) -> Config:
+    made = Config()
+    for key, value in keys.items():
+        group, name = key.split("__")
+        setattr(getattr(made, group), name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"parallel__tensor": 8, "parallel__pipeline": 7},
+        {"model__max_length": 40960},
+        {"parallel__tensor": 1, "rollout__tensor": 16},  # the engine replicates key/value heads
+        {"rollout__max_new_tokens": 40959},
+        {"objective__name": "sft", "rollout__max_new_tokens": 50000, "rollout__tensor": 3},  # no engine, no rule
+    ],
+)
+def test_meshes_that_fit(keys: dict[str, object]) -> None:
+    check_mesh(SPEC, config(**keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"parallel__tensor": 16}, r"parallel.tensor=16 does not divide .* 8 key/value heads; 1 or 2 or 4 or 8 would"),
+        ({"parallel__tensor": 3}, r"parallel.tensor=3 does not divide .* 16 attention heads; 1 or 2 or 4 or 8 would"),
+        ({"parallel__pipeline": 3}, r"parallel.pipeline=3 .* 28 layers; 1 or 2 or 4 or 7 or 14 or 28 would"),
+        ({"model__max_length": 40961}, r"model.max_length=40961 .* at most 40960"),
+        ({"rollout__tensor": 3}, r"rollout.tensor=3 does not fit"),
+        ({"rollout__max_new_tokens": 40960}, r"rollout.max_new_tokens=40960 leaves no room .* 40960"),
+        (
+            {"rollout__max_new_tokens": 64, "model__max_length": 64},
+            r"rollout.max_new_tokens=64 .*64 tokens .model.max_length",
+        ),
+    ],
+)
+def test_meshes_that_do_not_fit(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_mesh(SPEC, config(**keys))
+
+
+def test_the_vocabulary_is_padded_to_equal_shards() -> None:
+    assert [SPEC.padded_vocab_size(tp) for tp in (1, 3, 128)] == [151936, 151938, 151936]
