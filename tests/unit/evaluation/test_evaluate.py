@@ -120,7 +120,9 @@ def test_metrics_hold_every_figure_and_are_json() -> None:
     assert figures["avg_interval"] == [result.avg_interval.low, result.avg_interval.high]
 
 
-def test_each_prompt_is_repeated_with_seeds_of_its_own() -> None:
+def test_each_prompt_is_repeated_with_seeds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Verdict(correct=False, boxed=False, status="ok")
+    monkeypatch.setattr(evaluate_module, "judge_answers", lambda responses, *_, **__: [wrong] * len(responses))
     engine = FixedEngine(TEXTS)
     config = EvaluationConfig(samples_per_problem=2)
     evaluate(engine, PROBLEMS, Prompts(), Characters(), config, sampling=SAMPLING, seed=5)
@@ -218,7 +220,7 @@ def _evaluate_on_rank(records_path: Path) -> tuple[int, EvaluationResult, bool]:
         judged = True
         return judge(*args, seconds=seconds)
 
-    evaluate_module.judge_answers = spy
+    evaluate_module.judge_answers = spy  # type: ignore[assignment]  # the process ends with the test
     return dist.get_rank(), run(TEXTS, PROBLEMS, records_path), judged
 
 
@@ -233,7 +235,7 @@ def _fail_on_rank_0() -> str:
     def broken(*args: Sequence[str], seconds: float) -> list[Verdict]:
         raise DataError("rank 0 cannot judge")
 
-    evaluate_module.judge_answers = broken
+    evaluate_module.judge_answers = broken  # type: ignore[assignment]
     try:
         run(TEXTS, PROBLEMS)
     except DataError as error:
