@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -35,7 +35,9 @@ def collect_targets(
         One :class:`TeacherTargets` for each micro-batch on the last pipeline stage; ``None`` on the others.
     """
 
-    def forward_step(batches: Iterator[PackedMicroBatch], model: HiddenStatesGPT):  # type: ignore[no-untyped-def]
+    def forward_step(
+        batches: Iterator[PackedMicroBatch], model: HiddenStatesGPT
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
         sequences = _teacher_side(next(batches))
         output = forward_packed(model, sequences)
 

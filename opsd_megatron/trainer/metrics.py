@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opsd_megatron.telemetry.files import write_atomically
-from opsd_megatron.telemetry.memory import peak_host_gib, take_peak_device_gib
+from opsd_megatron.telemetry.memory import memory_report
 from opsd_megatron.telemetry.metrics import MetricsWriter, to_json_line
-from opsd_megatron.telemetry.nvml import DeviceMonitor
 from opsd_megatron.telemetry.progress import Progress
 from opsd_megatron.telemetry.timers import PhaseTimer
 from opsd_megatron.trainer.step import StepResult
@@ -27,16 +24,12 @@ class StepReporter:
         output_dir: The run's directory.
         writer: ``metrics.jsonl``; ``None`` on every rank but 0.
         progress: Bar or lines; ``None`` on every rank but 0.
-        monitor: Rank 0's device in NVML; ``None`` on every rank but 0.
-        device: Where this rank computes.
         save_rollouts: Write each step's rollouts to ``rollouts/step_N.jsonl``.
     """
 
     output_dir: Path
     writer: MetricsWriter | None
     progress: Progress | None
-    monitor: DeviceMonitor | None
-    device: torch.device
     save_rollouts: bool
     _first_divergence: float | None = field(default=None, init=False)
 
@@ -44,7 +37,7 @@ class StepReporter:
         """Report an evaluation that belongs to no optimizer step (the one before the first)."""
         if self.writer is None or result is None:
             return
-        self.writer.write({"step": step, "eval": result, "seconds": timer.collect()})
+        self.writer.write({"step": step, "eval": result, "seconds": timer.seconds})
         self._show_evaluation(step, result)
 
     def step(
@@ -57,10 +50,10 @@ class StepReporter:
         timer: PhaseTimer,
     ) -> None:
         """Report one optimizer step."""
-        if self.writer is None or self.progress is None or self.monitor is None:
+        if self.writer is None or self.progress is None:
             return
         packed = sum(sample.student_tokens + sample.teacher_tokens for sample in samples)
-        seconds = timer.collect()
+        seconds = timer.seconds
         trained = sum(seconds.get(phase, 0.0) for phase in ("rollout", "pack", "teacher", "student", "sync"))
         line: dict[str, Any] = {
             "step": step,
@@ -72,12 +65,8 @@ class StepReporter:
             "response_tokens_mean": result.rows / len(samples),
             "packed_tokens_per_second": packed / trained,
             "seconds": seconds,
-            "peak_host_gib": peak_host_gib(),
-            **self.monitor.sample(),
+            **memory_report(),
         }
-        peak_device = take_peak_device_gib(self.device)
-        if peak_device is not None:
-            line["peak_device_gib"] = peak_device
         if rollouts:
             cut = sum(rollout.generation.finish_reason == "length" for rollout in rollouts)
             line["truncated"] = cut / len(rollouts)
@@ -127,8 +116,8 @@ class StepReporter:
         if line["loss"] < 0 and divergence >= self._first_divergence:
             return (
                 f"the loss is negative ({line['loss']:.4g}) while the unclipped divergence ({divergence:.4g}) has not "
-                f"fallen since the start ({self._first_divergence:.4g}): the clip, not the teacher, drives the gradient; "
-                "see objective.clip_mode"
+                f"fallen since the start ({self._first_divergence:.4g}): the clip drives the gradient, not the "
+                "teacher; see objective.clip_mode"
             )
         return None
 

@@ -30,7 +30,6 @@ from opsd_megatron.rollout.vllm_engine import VllmEngine
 from opsd_megatron.teacher.policies import FrozenTeacher, LiveTeacher, TeacherPolicy
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.telemetry.metrics import MetricsWriter
-from opsd_megatron.telemetry.nvml import DeviceMonitor
 from opsd_megatron.telemetry.progress import Progress
 from opsd_megatron.trainer.metrics import StepReporter
 from opsd_megatron.trainer.optimizer import make_trainable
@@ -232,14 +231,12 @@ def _evaluator(config: Config, inputs: Inputs) -> Evaluator | None:
 def _reporter(config: Config, dims: ParallelDims, completed: int) -> StepReporter:
     output_dir = Path(config.output_dir)
     if dims.rank != 0:
-        return StepReporter(output_dir, None, None, None, dims.device, save_rollouts=False)
+        return StepReporter(output_dir, writer=None, progress=None, save_rollouts=False)
     _write_config(output_dir / "config.yaml", config)
     return StepReporter(
         output_dir,
         writer=MetricsWriter(output_dir / "metrics.jsonl", resume_step=completed),
         progress=Progress(config.train.steps, initial=completed),
-        monitor=DeviceMonitor(dims.device),
-        device=dims.device,
         save_rollouts=config.rollout.save,
     )
 

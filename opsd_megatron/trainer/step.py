@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ def _forward_backward(
 
     def forward_step(
         pairs: Iterator[tuple[PackedMicroBatch, TeacherTargets | None]], model: DistributedDataParallel
-    ):  # type: ignore[no-untyped-def]
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, LossOutput]]]:
         batch, target = next(pairs)
         output = forward_packed(model, batch.student)
 

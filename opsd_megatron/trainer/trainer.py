@@ -71,26 +71,30 @@ class Trainer:
 
     def run(self) -> None:
         """Train to ``train.steps``, evaluating and saving as configured."""
-        timer = PhaseTimer(self.dims.device)
+        timer = PhaseTimer()
         self._sync(timer)
         if self.completed == 0 and self.config.evaluation.at_start:
             self.reporter.evaluation(0, self._evaluate(0, timer), timer)
+        timer = PhaseTimer()
         while self.completed < self.config.train.steps:
-            self._step()
+            self._step(timer)
+            # A new timer before saving: a step's line is on disk before the checkpoint that vouches for it, so the
+            # save is charged to the next line.
+            timer = PhaseTimer()
+            self._save(timer)
         self.reporter.close()
 
-    def _step(self) -> None:
+    def _step(self, timer: PhaseTimer) -> None:
         step = self.completed + 1
-        timer = PhaseTimer(self.dims.device)
         problems = [self.problems[index] for index in self.sampler.next()]
-        with timer.phase("rollout"):
+        with timer("rollout"):
             rollouts = self._rollouts(problems, step)
-        with timer.phase("pack"):
+        with timer("pack"):
             samples = self.objective.samples(problems, rollouts)
             micro_batches = self._micro_batches(samples)
-        with timer.phase("teacher"):
+        with timer("teacher"):
             targets = [None] * len(micro_batches) if self.teacher is None else self.teacher.targets(micro_batches)
-        with timer.phase("student"):
+        with timer("student"):
             result = optimizer_step(self.trainable, self.objective, micro_batches, targets, self.dims)
         self._check_engine(result, step)
         self.completed = step
@@ -99,12 +103,14 @@ class Trainer:
         self._sync(timer)
         self.reporter.rollouts(step, rollouts)
         evaluation = self._evaluate(step, timer)
-        self._save(step, timer)
         self.reporter.step(step, result, samples, rollouts, evaluation, timer)
 
     def _rollouts(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
-        """Sample the responses of one step. Every seed depends on the run's seed and the step only, so that a resumed
-        run draws what an uninterrupted one would."""
+        """Sample the responses of one step.
+
+        Every seed depends on the run's seed and the step only, so that a resumed run draws what an uninterrupted one
+        would.
+        """
         if not self.objective.needs_rollouts:
             return []
         assert self.engine is not None
@@ -123,9 +129,7 @@ class Trainer:
 
     def _micro_batches(self, samples: Sequence[AlignedSample]) -> list[PackedMicroBatch]:
         """This data-parallel rank's slice of the plan that every rank computes."""
-        plan = plan_micro_batches(
-            samples, dp_size=self.dims.dp, token_budget=self.config.train.tokens_per_micro_batch
-        )
+        plan = plan_micro_batches(samples, dp_size=self.dims.dp, token_budget=self.config.train.tokens_per_micro_batch)
         return [
             pack(
                 [samples[index] for index in indices],
@@ -138,7 +142,7 @@ class Trainer:
 
     def _sync(self, timer: PhaseTimer) -> None:
         if self.engine is not None:
-            with timer.phase("sync"):
+            with timer("sync"):
                 self.engine.wake_up()
                 sync_weights(self.engine, self.trainable.model.module, self.spec, self.dims)
                 self.engine.sleep()
@@ -150,18 +154,18 @@ class Trainer:
         due = step == 0 or (settings.every and step % settings.every == 0) or (last and settings.at_end)
         if self.evaluator is None or self.engine is None or not due:
             return None
-        with timer.phase("evaluation"):
+        with timer("evaluation"):
             self.engine.wake_up()
             result = self.evaluator.evaluate(self.engine, step)
             self.engine.sleep()
         return result.as_dict()
 
-    def _save(self, step: int, timer: PhaseTimer) -> None:
-        settings = self.config.checkpoint
+    def _save(self, timer: PhaseTimer) -> None:
+        step, settings = self.completed, self.config.checkpoint
         last = step == self.config.train.steps
         if not ((settings.every and step % settings.every == 0) or (last and settings.at_end)):
             return
-        with timer.phase("checkpoint"):
+        with timer("checkpoint"):
             root = Path(self.config.output_dir) / "checkpoints"
             save_checkpoint(
                 root / f"step_{step}",

@@ -19,11 +19,15 @@ class SmallRun:
         model: Hugging Face directory.
         data: JSONL file of problems.
         script: JSONL file of scripted rollouts for them.
+        student_template: Short prompts keep byte-level sequences short.
+        teacher_template: The same with the reference.
     """
 
     model: Path
     data: Path
     script: Path
+    student_template: Path
+    teacher_template: Path
 
     def overrides(self, output: Path, *, steps: int, scripted: bool = True, **keys: object) -> list[str]:
         """Command-line overrides of a run into ``output``; ``keys`` are dotted keys with ``__`` for the dot."""
@@ -32,6 +36,8 @@ class SmallRun:
             "model.dtype": "float32",
             "model.max_length": 256,
             "data.train": self.data,
+            "data.student_template": self.student_template,
+            "data.teacher_template": self.teacher_template,
             "rollout.max_new_tokens": 24,
             "optimizer.lr": 1e-3,
             "train.steps": steps,
@@ -66,7 +72,10 @@ def make_small_run(directory: Path, *, tied: bool = True, problems: int = 9) -> 
                 "solution": f"{a} + {b} = \\boxed{{{a + b}}}" + " so" * (index % 3),
             }
             file.write(json.dumps(row) + "\n")
-    config = DataConfig()
+    student, teacher = directory / "student.txt", directory / "teacher.txt"
+    student.write_text("{problem}.")
+    teacher.write_text("{problem}. Known: {reference}.")
+    config = DataConfig(student_template=str(student), teacher_template=str(teacher))
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = PromptBuilder(tokenizer, config, max_length=1024, max_new_tokens=24)
     script = directory / "script.jsonl"
@@ -75,7 +84,7 @@ def make_small_run(directory: Path, *, tied: bool = True, problems: int = 9) -> 
             for _ in range(2):
                 tokens = [draw.randrange(256) for _ in range(draw.randint(1, 23))] + [tokenizer.eos_token_id]
                 file.write(json.dumps({"prompt_ids": prompts.student(problem), "token_ids": tokens}) + "\n")
-    return SmallRun(model, data, script)
+    return SmallRun(model, data, script, student, teacher)
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

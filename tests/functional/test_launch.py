@@ -1,0 +1,65 @@
+"""The command line as users start it: torchrun, two agents standing for two nodes, and errors that stop everything."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.functional.runs import SmallRun, make_small_run, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    return make_small_run(tmp_path_factory.mktemp("small"))
+
+
+def start(arguments: list[str], overrides: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "opsd_megatron.train", *overrides]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_agents_run_one_job(small: SmallRun, tmp_path: Path) -> None:
+    """Two torchrun agents, each with one rank, meet at a rendezvous and train one tensor-parallel model."""
+    output = tmp_path / "run"
+    overrides = small.overrides(output, steps=2, parallel__tensor=2)
+    port = free_port()
+    agents = [
+        start(
+            [
+                *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node)),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+            ],
+            overrides,
+        )
+        for node in range(2)
+    ]
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    assert [line["step"] for line in read_metrics(output)] == [1, 2]
+
+
+def test_bad_input_stops_every_rank_with_one_line(small: SmallRun, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    overrides = small.overrides(output, steps=1, data__train=tmp_path / "absent.jsonl")
+    agent = start(["--standalone", "--nproc-per-node", "2"], overrides)
+    printed = agent.communicate(timeout=240)[0]
+    assert agent.returncode != 0
+    assert printed.count("error: ") == 1, printed
+    assert "absent.jsonl" in printed
+    assert not output.exists()

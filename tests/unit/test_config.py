@@ -1,0 +1,118 @@
+"""Every rule of the configuration, every shipped configuration, and what a user is told about a wrong one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from opsd_megatron.config import CHOICES, Config
+from opsd_megatron.errors import EXIT_BAD_INPUT, ConfigError
+from opsd_megatron.train import compose_config, main
+
+REQUIRED = ["model.path=m", "data.train=t", "output_dir=o"]
+EXPERIMENTS = sorted(
+    path.stem for path in (Path(__file__).parents[2] / "opsd_megatron/configs/experiment").glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_shipped_experiment_composes_and_validates(experiment: str) -> None:
+    config = compose_config([f"experiment={experiment}", *REQUIRED, "data.eval=e"])
+    config.validate(world_size=config.parallel.tensor * config.parallel.pipeline * 4)
+
+
+@pytest.mark.parametrize(
+    "choice", ["objective=opsd", "objective=sft", "teacher=frozen", "teacher=live", "rollout=vllm"]
+)
+def test_every_group_choice_composes(choice: str) -> None:
+    compose_config([choice, *REQUIRED]).validate(world_size=1)
+
+
+def test_defaults_come_from_the_dataclasses() -> None:
+    config = compose_config(REQUIRED)
+    config.model.path = config.data.train = config.output_dir = ""
+    assert config == Config()
+
+
+def test_choices_name_existing_keys() -> None:
+    assert all(Config().get(key) in allowed for key, allowed in CHOICES.items())
+
+
+def test_every_attribute_is_documented() -> None:
+    for group in fields(Config):
+        node = getattr(Config(), group.name)
+        if is_dataclass(node):
+            missing = [key.name for key in fields(node) if f"        {key.name}: " not in (type(node).__doc__ or "")]
+            assert not missing, f"{group.name}: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.pth=x"], "unknown key model.pth; did you mean model.path"),
+        (["+extra.key=1"], "unknown key extra"),
+        (["objektive=sft"], "unknown key objektive; did you mean objective"),
+        (["experiment=nope"], "experiment/nope"),
+        (["parallel.tensor=two"], "parallel.tensor=two"),
+    ],
+)
+def test_composition_errors_name_the_key(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "message"),
+    [
+        ("model.path=''", 1, "model.path is not set"),
+        ("objective.name=opds", 1, "objective.name='opds' is not one of opsd, sft"),
+        ("objective.beta=1.5", 1, "objective.beta=1.5 must be at least 0 and at most 1"),
+        ("objective.clip=0", 1, "objective.clip=0.0 must be above 0"),
+        ("objective.beta=nan", 1, "not a finite number"),
+        ("rollout.top_k=0", 1, "rollout.top_k=0 must be -1"),
+        ("optimizer.beta2=1.0", 1, "optimizer.beta2"),
+        ("parallel.tensor=2", 3, "world size 3 is not a multiple"),
+        ("parallel.sequence=true", 1, "parallel.sequence"),
+        ("rollout.tensor=2", 3, "rollout.tensor=2 does not divide the world size 3"),
+        ("rollout.engine=scripted", 1, "rollout.script"),
+        ("optimizer.min_lr=1", 1, "optimizer.min_lr"),
+        ("evaluation.every=5", 1, "data.eval"),
+        ("data.student_template=/nowhere/t.txt", 1, "data.student_template=/nowhere/t.txt is not a file"),
+    ],
+)
+def test_validation_names_key_and_remedy(override: str, world_size: int, message: str) -> None:
+    config = compose_config([*REQUIRED, override])
+    with pytest.raises(ConfigError, match=message):
+        config.validate(world_size)
+
+
+def test_warm_up_must_end_before_the_decay() -> None:
+    config = compose_config([*REQUIRED, "optimizer.schedule=cosine", "optimizer.warmup_steps=100"])
+    with pytest.raises(ConfigError, match="warmup_steps=100 leaves no step"):
+        config.validate(1)
+
+
+def test_own_configuration_directory(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrain: {steps: 7}\n")
+    assert compose_config(["experiment=mine"], str(tmp_path)).train.steps == 7
+    with pytest.raises(ConfigError, match="is not a directory"):
+        compose_config([], str(tmp_path / "absent"))
+
+
+def test_main_prints_one_line_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "model.pth=x"])
+    assert main() == EXIT_BAD_INPUT
+    printed = capsys.readouterr()
+    assert printed.err == "error: unknown key model.pth; did you mean model.path?\n"
+    assert printed.out == ""
+
+
+def test_cfg_job_prints_the_composed_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--cfg", "job", "train.steps=3"])
+    assert main() == 0
+    assert "steps: 3" in capsys.readouterr().out
