@@ -57,8 +57,8 @@ def linear_divergence(
         ValueError: An argument is out of range or shapes do not fit.
         FloatingPointError: NaN or +inf among a side's logits; names the side. Raised on every rank.
 
-    Ranks: all of ``tp_group``, with equal ``R``. Three collectives a chunk forward, of a few numbers a row; backward one
-    all-reduce in all, of the hidden gradient. None of them if ``R == 0``.
+    Ranks: all of ``tp_group``, with equal ``R``. Three collectives a chunk forward, of a few numbers a row; backward
+    one all-reduce in all, of the hidden gradient. None of them if ``R == 0``.
     """
     return linear_divergence_with_diagnostics(
         student_hidden,

@@ -84,7 +84,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _check_mesh() -> None:
-    """On this mesh: exactness in float64 and float32, padding, collectives, empty batches, equal sides, reported NaN."""
+    """On this mesh: exactness, padding, collectives, empty batches, equal sides, reported NaN."""
     # 48: no padding. 43: a partly padded last shard. 30: at tp 4 a shard of nothing but padding.
     for vocab, cases in ((48, all_cases()[::7]), (43, all_cases()), (30, all_cases()[::7])):
         loss, gradient, where = _differences(vocab, torch.float64, cases)
@@ -150,7 +150,7 @@ def test_on_one_rank() -> None:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_across_shards(tp: int) -> None:
-    run_distributed(_check_mesh, tp)
+    run_distributed(_check_mesh, tp, timeout=300.0)
 
 
 def _naive_forward_kl(student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Tensor:

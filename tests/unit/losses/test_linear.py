@@ -1,0 +1,405 @@
+"""Losses from hidden states: against the dense reference on every mesh, and never a block of all logits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opsd_megatron.losses import (
+    Diagnostics,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_divergence_with_diagnostics,
+)
+from tests.distributed import run_distributed
+from tests.unit.losses.reference import (
+    BETAS,
+    Case,
+    all_cases,
+    count_collectives,
+    dense_divergence,
+    entries,
+    shard_of,
+    world,
+    worst,
+)
+
+ROWS, HIDDEN, TEACHER_HIDDEN, WIDTH = 7, 6, 5, 48
+
+
+@dataclass
+class Problem:
+    """Whole inputs, equal on every rank; weights hold ``vocab`` true rows and NaN below them."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    targets: Tensor
+    upstream: Tensor
+    vocab: int
+
+    @classmethod
+    def draw(
+        cls, vocab: int, dtype: torch.dtype, rows: int = ROWS, seed: int = 0, padding: int | None = None
+    ) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        padding = WIDTH - vocab if padding is None else padding
+        pad = torch.full((padding, 1), torch.nan, dtype=dtype)
+        return cls(
+            normal(rows, HIDDEN),
+            torch.cat([normal(vocab, HIDDEN), pad.expand(-1, HIDDEN)]),
+            normal(rows, TEACHER_HIDDEN),
+            torch.cat([normal(vocab, TEACHER_HIDDEN), pad.expand(-1, TEACHER_HIDDEN)]),
+            torch.randint(vocab, (rows,), generator=generator),
+            torch.rand(rows, generator=generator, dtype=torch.float64) + 0.5,
+            vocab,
+        )
+
+    def logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Float64 leaves for hidden states and true head rows, and both sides' logits on top of them."""
+        hidden = self.student_hidden.detach().double().clone().requires_grad_()
+        weight = self.student_weight.detach().double()[: self.vocab].clone().requires_grad_()
+        teacher = self.teacher_hidden.double() @ self.teacher_weight.double()[: self.vocab].t()
+        return hidden, weight, hidden @ weight.t(), teacher
+
+    def gradients(self, loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the reference loss, that of the weight with zero rows for the padding."""
+        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight), self.upstream)
+        padding = len(self.student_weight) - self.vocab
+        return grad_hidden, torch.cat([grad_weight, grad_weight.new_zeros(padding, grad_weight.shape[1])])
+
+    def leaves(self, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's inputs; student's take gradients."""
+        return (
+            self.student_hidden.clone().requires_grad_(),
+            shard_of(self.student_weight, 0, group).requires_grad_(),
+            self.teacher_hidden.clone(),
+            shard_of(self.teacher_weight, 0, group),
+        )
+
+    def vocab_size(self) -> int | None:
+        return None if self.vocab == len(self.student_weight) else self.vocab
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _divergence_differences(problem: Problem, case: Case, chunk_rows: int | None, unit: float | None) -> float:
+    """Largest difference of loss, hidden gradient and this rank's weight gradient from the reference."""
+    group = world()
+    leaves = problem.leaves(group)
+    loss = linear_divergence(
+        *leaves, **asdict(case), tp_group=group, vocab_size=problem.vocab_size(), chunk_rows=chunk_rows
+    )
+    loss.backward(problem.upstream.to(loss.dtype))
+    hidden, weight, student, teacher = problem.logits()
+    expected = dense_divergence(student, teacher, case)
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    return max(
+        worst(loss.detach(), expected.detach(), unit),
+        worst(_grad(leaves[0]), grad_hidden, unit),
+        worst(_grad(leaves[1]), shard_of(grad_weight, 0, group), unit or max(float(grad_weight.abs().max()), 1e-300)),
+    )
+
+
+def _cross_entropy_differences(problem: Problem, chunk_rows: int | None) -> float:
+    group = world()
+    student_hidden, student_weight, _, _ = problem.leaves(group)
+    loss = linear_cross_entropy(
+        student_hidden,
+        student_weight,
+        problem.targets,
+        tp_group=group,
+        vocab_size=problem.vocab_size(),
+        chunk_rows=chunk_rows,
+    )
+    loss.backward(problem.upstream.to(loss.dtype))
+    hidden, weight, student, _ = problem.logits()
+    expected = torch.nn.functional.cross_entropy(student, problem.targets, reduction="none")
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    return max(
+        worst(loss.detach(), expected.detach(), 1.0),
+        worst(_grad(student_hidden), grad_hidden, 1.0),
+        worst(_grad(student_weight), shard_of(grad_weight, 0, group), 1.0),
+    )
+
+
+def _check_mesh() -> None:
+    chunks = (None, 1, 3, 7, 100)
+    # 48: no padding. 43: a partly padded last shard. 30: at tp 4 a shard of nothing but padding.
+    for vocab in (48, 43, 30):
+        for dtype, unit, tolerance in ((torch.float64, None, 1e-10), (torch.float32, 1.0, 1e-5)):
+            problem = Problem.draw(vocab, dtype)
+            for number, case in enumerate(all_cases()[:: 2 if vocab == 43 else 11]):
+                difference = _divergence_differences(problem, case, chunks[number % len(chunks)], unit)
+                assert difference < tolerance, (vocab, dtype, case, difference)
+            for chunk_rows in chunks:
+                difference = _cross_entropy_differences(problem, chunk_rows)
+                assert difference < tolerance, (vocab, dtype, chunk_rows, difference)
+    _check_collectives()
+    _check_diagnostics()
+    _check_equal_sides()
+    _check_no_rows()
+    _check_frozen_parts()
+    _check_bad_input()
+
+
+def _check_collectives() -> None:
+    """Three a chunk forward, two of them all-reduces; one all-reduce backward. Cross-entropy: two a chunk and one."""
+    group = world()
+    problem = Problem.draw(WIDTH, torch.float32)
+    several = int(group is not None)
+    with count_collectives() as counts:
+        linear_divergence_with_diagnostics(
+            *problem.leaves(group), beta=0.5, temperature=0.7, tp_group=group, chunk_rows=3, target_ids=problem.targets
+        )[0].sum().backward()
+        assert counts() == (several * (2 * 3 + 1), several * 3)
+    hidden, weight, *_ = problem.leaves(group)
+    with count_collectives() as counts:
+        linear_cross_entropy(hidden, weight, problem.targets, tp_group=group, chunk_rows=3).sum().backward()
+        assert counts() == (several * (2 * 3 + 1), 0)
+
+
+def _expected_diagnostics(problem: Problem, case: Case) -> dict[str, Tensor]:
+    _, _, student, teacher = (tensor.detach() for tensor in problem.logits())
+    s, t = (torch.log_softmax(logits / case.temperature, 1) for logits in (student, teacher))
+    d = entries(s, t, case)
+    clipped = torch.zeros_like(d)
+    if case.clip is not None and case.clip_mode in ("entry", "bregman"):
+        clipped = (d >= case.clip).double()
+    elif case.clip is not None and case.clip_mode != "none":
+        clipped = (d.sum(1, keepdim=True) >= case.clip).double().expand_as(d)
+    rows = torch.arange(len(problem.targets))
+    return {
+        "divergence": d.sum(1),
+        "clip_fraction": clipped.mean(1),
+        "clipped_teacher_mass": (clipped * t.exp()).sum(1),
+        "student_entropy": -(s.exp() * s).sum(1),
+        "teacher_entropy": -(t.exp() * t).sum(1),
+        "top1_agreement": (student.argmax(1) == teacher.argmax(1)).double(),
+        "student_log_prob": torch.log_softmax(student, 1)[rows, problem.targets],
+        "teacher_log_prob": torch.log_softmax(teacher, 1)[rows, problem.targets],
+    }
+
+
+def _check_diagnostics() -> None:
+    group = world()
+    problem = Problem.draw(43, torch.float32, rows=64)
+    some_agree = set()
+    for case in all_cases()[::3]:
+        leaves = problem.leaves(group)
+        loss, diagnostics = linear_divergence_with_diagnostics(
+            *leaves, **asdict(case), tp_group=group, vocab_size=43, chunk_rows=10, target_ids=problem.targets
+        )
+        plain = linear_divergence(*leaves, **asdict(case), tp_group=group, vocab_size=43, chunk_rows=10)
+        assert torch.equal(loss, plain)
+        assert loss.requires_grad
+        expected = _expected_diagnostics(problem, case)
+        assert set(expected) == {field.name for field in fields(Diagnostics)}
+        for name, value in expected.items():
+            actual = getattr(diagnostics, name)
+            assert not actual.requires_grad
+            assert actual.dtype == torch.float32
+            assert worst(actual, value, 1.0) < 1e-5, (case, name)
+        some_agree |= set(diagnostics.top1_agreement.tolist())
+    assert some_agree == {0.0, 1.0}
+    without = linear_divergence_with_diagnostics(*problem.leaves(group), beta=0.5, tp_group=group, vocab_size=43)[1]
+    assert without.student_log_prob is None
+    assert without.teacher_log_prob is None
+
+
+def _check_equal_sides() -> None:
+    """Equal hidden states and weights in different memory: loss and gradient are zero to the last bit."""
+    group = world()
+    generator = torch.Generator().manual_seed(1)
+    whole_hidden, whole_weight = torch.randn(33, 128, generator=generator), torch.randn(384, 128, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in all_cases()[:: 1 if dtype == torch.float32 else 7]:
+            hidden = whole_hidden.to(dtype, copy=True).requires_grad_()
+            weight = shard_of(whole_weight.to(dtype), 0, group).requires_grad_()
+            loss, diagnostics = linear_divergence_with_diagnostics(
+                hidden,
+                weight,
+                hidden.detach().clone(),
+                weight.detach().clone(),
+                **asdict(case),
+                tp_group=group,
+                vocab_size=370,
+                chunk_rows=16,
+            )
+            loss.sum().backward()
+            for tensor in (loss, _grad(hidden), _grad(weight), diagnostics.divergence, diagnostics.clip_fraction):
+                assert torch.equal(tensor, torch.zeros_like(tensor)), case
+            assert torch.equal(diagnostics.top1_agreement, torch.ones(33))
+
+
+def _check_no_rows() -> None:
+    group = world()
+    problem = Problem.draw(WIDTH, torch.float32, rows=0)
+    leaves = problem.leaves(group)
+    loss, diagnostics = linear_divergence_with_diagnostics(
+        *leaves, beta=0.5, clip=0.1, tp_group=group, target_ids=problem.targets
+    )
+    loss = loss + linear_cross_entropy(*leaves[:2], problem.targets, tp_group=group)
+    with count_collectives() as counts:
+        loss.sum().backward()
+        assert counts() == (0, 0)
+    assert loss.shape == (0,)
+    assert all(getattr(diagnostics, field.name).shape == (0,) for field in fields(Diagnostics))
+    for leaf in leaves[:2]:
+        assert torch.equal(_grad(leaf), torch.zeros_like(leaf))
+
+
+def _check_frozen_parts() -> None:
+    """What takes no gradient gets none and does not disturb the other's."""
+    group = world()
+    problem = Problem.draw(WIDTH, torch.float64)
+    whole = problem.leaves(group)
+    linear_divergence(*whole, beta=0.5, tp_group=group).sum().backward()
+    for frozen, live in ((0, 1), (1, 0)):
+        leaves = problem.leaves(group)
+        leaves[frozen].requires_grad_(False)
+        linear_divergence(*leaves, beta=0.5, tp_group=group).sum().backward()
+        assert leaves[frozen].grad is None
+        assert torch.equal(_grad(leaves[live]), _grad(whole[live]))
+    with torch.no_grad():
+        assert not linear_divergence(*whole, beta=0.5, tp_group=group).requires_grad
+
+
+def _check_bad_input() -> None:
+    """A NaN in the last rank's head alone is reported on every rank, with its side."""
+    group = world()
+    for side in ("student", "teacher"):
+        problem = Problem.draw(WIDTH, torch.float32)
+        getattr(problem, f"{side}_weight")[WIDTH - 1, 0] = torch.nan
+        with pytest.raises(FloatingPointError, match=rf"the {side}'s logits hold NaN .* in 7 of 7 rows"):
+            linear_divergence(*problem.leaves(group), beta=0.5, tp_group=group, chunk_rows=2)
+    problem = Problem.draw(WIDTH, torch.float32)
+    problem.student_hidden[4] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"the student's logits .* in 1 of 7 rows, first in 4"):
+        linear_cross_entropy(*problem.leaves(group)[:2], problem.targets, tp_group=group, chunk_rows=2)
+
+
+def test_on_one_rank() -> None:
+    _check_mesh()
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_across_shards(tp: int) -> None:
+    run_distributed(_check_mesh, tp, timeout=300.0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck(beta: float) -> None:
+    problem = Problem.draw(6, torch.float64, rows=3, padding=2)
+    hidden, weight, *teacher = problem.leaves(None)
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight: linear_divergence(
+            hidden, weight, *teacher, beta=beta, temperature=1.1, clip=0.01, vocab_size=6, chunk_rows=2
+        ),
+        (hidden, weight),
+    )
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight: linear_cross_entropy(hidden, weight, problem.targets, vocab_size=6, chunk_rows=2),
+        (hidden, weight),
+    )
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 6),
+    vocab=st.integers(1, 20),
+    padding=st.integers(0, 5),
+    chunk_rows=st.one_of(st.none(), st.integers(1, 8)),
+    seed=st.integers(0, 1000),
+    case=st.sampled_from(all_cases()),
+)
+def test_any_shape(rows: int, vocab: int, padding: int, chunk_rows: int | None, seed: int, case: Case) -> None:
+    problem = Problem.draw(vocab, torch.float64, rows=rows, seed=seed, padding=padding)
+    assert _divergence_differences(problem, case, chunk_rows, 1.0) < 1e-12
+    assert _cross_entropy_differences(problem, chunk_rows) < 1e-12
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the largest storage that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor._base is None:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("case", [Case(0.0, 0.7, 0.05, "bregman"), Case(0.5, 1.0, 0.05), Case(1.0, 1.1, 0.05, "token")])
+def test_no_tensor_is_larger_than_a_chunk(case: Case) -> None:
+    rows, vocab, hidden_size, chunk_rows = 64, 1000, 4, 5
+    hidden = torch.randn(rows, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    with _LargestTensor() as largest:
+        loss, _ = linear_divergence_with_diagnostics(
+            hidden, weight, hidden + 1, weight + 1, **asdict(case), chunk_rows=chunk_rows, target_ids=targets
+        )
+        (loss + linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)).sum().backward()
+    assert largest.elements == chunk_rows * vocab
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_bfloat16_inputs_lose_nothing_before_the_end(beta: float) -> None:
+    """Logits and sums are float32: the loss is as good as for float32, gradients are rounded once."""
+    problem = Problem.draw(1000, torch.bfloat16, padding=24)
+    hidden, weight, student, teacher = problem.logits()
+    expected = dense_divergence(student, teacher, Case(beta))
+    expected_gradients = problem.gradients(expected, hidden, weight)
+    leaves = problem.leaves(None)
+    loss = linear_divergence(*leaves, beta=beta, vocab_size=1000, chunk_rows=2)
+    loss.backward(problem.upstream.float())
+    assert worst(loss.detach(), expected.detach()) < 1e-5
+    for leaf, gradient in zip(leaves[:2], expected_gradients, strict=True):
+        assert _grad(leaf).dtype == torch.bfloat16
+        assert bool(((_grad(leaf).double() - gradient).abs() <= gradient.abs() * 2**-8 + 1e-5).all())
+
+
+def test_a_vocabulary_of_real_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(3, 8, generator=generator) for _ in range(2))
+    weight = torch.randn(151_936, 8, generator=generator)
+    for beta in BETAS:
+        loss = linear_divergence(hidden, weight, teacher_hidden, weight, beta=beta)
+        expected = dense_divergence(
+            hidden.double() @ weight.double().t(), teacher_hidden.double() @ weight.double().t(), Case(beta)
+        )
+        assert worst(loss, expected) < 1e-5
+
+
+def test_wrong_shapes_and_targets_are_named() -> None:
+    hidden, weight = torch.zeros(3, 4), torch.zeros(8, 4)
+    with pytest.raises(ValueError, match="teacher: hidden states"):
+        linear_divergence(hidden, weight, hidden, torch.zeros(8, 5), beta=0.5)
+    with pytest.raises(ValueError, match="differ in rows or in vocabulary"):
+        linear_divergence(hidden, weight, hidden, torch.zeros(9, 4), beta=0.5)
+    with pytest.raises(ValueError, match="chunk_rows=0"):
+        linear_divergence(hidden, weight, hidden, weight, beta=0.5, chunk_rows=0)
+    with pytest.raises(ValueError, match="target 7 of row 2 is outside the vocabulary of 7"):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 6, 7]), vocab_size=7)
+    with pytest.raises(ValueError, match=r"target_ids must be \[3\] int64"):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 6]))
