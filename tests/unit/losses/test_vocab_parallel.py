@@ -127,6 +127,7 @@ def _check_equal_sides() -> None:
             loss = vocab_parallel_divergence(student, student.detach().clone(), **asdict(case), tp_group=group)
             loss.sum().backward()
             assert torch.equal(loss, torch.zeros_like(loss)), case
+            assert student.grad is not None
             assert torch.equal(student.grad, torch.zeros_like(student)), case
 
 
