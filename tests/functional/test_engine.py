@@ -52,6 +52,7 @@ class Observed:
     errors: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     synced_bytes: int = 0
+    shared_memory: str = ""
 
 
 def process_state() -> dict[str, Any]:
@@ -88,6 +89,7 @@ def observe(model: Path, other: Path, tensor: int, dims: Any) -> Observed:
     seen = Observed()
     before = process_state()
     engine = VllmEngine.start(model, engine_config(model, tensor), max_length=MAX_LENGTH)
+    seen.shared_memory = os.environ["VLLM_DIST_IDENT"]
     seen.answers["sampled"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
     seen.answers["again"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
     seen.answers["greedy"] = engine.generate(PROMPTS, GREEDY, seeds=SEEDS)
@@ -113,6 +115,19 @@ def observe(model: Path, other: Path, tensor: int, dims: Any) -> Observed:
     engine.close()
     engine.close()
     return seen
+
+
+def observe_untied(model: Path, other: Path) -> list[Generation]:
+    """Greedy answers after an update of an engine whose head is not the embedding."""
+    from safetensors.torch import load_file
+
+    from opsd_megatron.rollout.vllm_engine import VllmEngine
+
+    engine = VllmEngine.start(model, engine_config(model, 2), max_length=MAX_LENGTH)
+    engine.update_weights(iter(load_file(other / "model.safetensors").items()))
+    answers = engine.generate(PROMPTS, GREEDY, seeds=SEEDS)
+    engine.close()
+    return answers
 
 
 def megatron_model(path: Path, dims: Any) -> tuple[Any, Any, Any]:
@@ -145,7 +160,7 @@ def start_failures(model: Path, empty: Path) -> dict[str, str]:
     return messages
 
 
-def worker(model: Path, other: Path, empty: Path) -> dict[Any, Any]:
+def worker(model: Path, other: Path, untied: tuple[Path, Path], empty: Path) -> dict[Any, Any]:
     import torch.distributed as dist
 
     seen: dict[Any, Any] = {1: observe(model, other, 1, None)}
@@ -157,6 +172,7 @@ def worker(model: Path, other: Path, empty: Path) -> dict[Any, Any]:
     total = torch.tensor([1 + dist.get_rank()])
     dist.all_reduce(total, group=dims.tp_group)
     seen["total"] = total.item()
+    seen["untied"] = observe_untied(*untied)
     seen["failures"] = start_failures(model, empty)
     return seen
 
@@ -165,6 +181,7 @@ def worker(model: Path, other: Path, empty: Path) -> dict[Any, Any]:
 class Outcome:
     model: Path
     other: Path
+    untied: Path
     ranks: list[dict[Any, Any]]
 
     def answers(self, tensor: int, name: str) -> list[Generation]:
@@ -177,15 +194,17 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     root = tmp_path_factory.mktemp("engine")
     model = make_tiny_qwen3(root / "model", num_layers=2, seed=0)
     other = make_tiny_qwen3(root / "other", num_layers=2, seed=1)
+    untied = tuple(make_tiny_qwen3(root / f"untied {seed}", num_layers=1, tied=False, seed=seed) for seed in (2, 3))
     (root / "empty").mkdir()
-    return Outcome(model, other, run_distributed(worker, 2, model, other, root / "empty", timeout=240))
+    ranks = run_distributed(worker, 2, model, other, untied, root / "empty", timeout=240)
+    return Outcome(model, other, untied[1], ranks)
 
 
 @pytest.fixture(scope="module")
 def references(outcome: Outcome) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    paths = {"model": outcome.model, "other": outcome.other}
+    paths = {"model": outcome.model, "other": outcome.other, "untied": outcome.untied}
     return {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
 
 
@@ -219,8 +238,16 @@ def test_log_probs_are_those_of_transformers(
 def test_greedy_answers_are_those_of_transformers(
     outcome: Outcome, references: dict[str, Any], tensor: int, name: str, weights: str
 ) -> None:
-    for prompt, answer in zip(PROMPTS, outcome.answers(tensor, name), strict=True):
-        best = reference_logits(references[weights], prompt, answer.token_ids).argmax(-1)
+    check_greedy(references[weights], outcome.answers(tensor, name))
+
+
+def test_untied_head_is_updated(outcome: Outcome, references: dict[str, Any]) -> None:
+    check_greedy(references["untied"], outcome.ranks[0]["untied"])
+
+
+def check_greedy(reference: Any, answers: list[Generation]) -> None:
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        best = reference_logits(reference, prompt, answer.token_ids).argmax(-1)
         assert answer.token_ids == tuple(best.tolist())
         assert len(answer.token_ids) == NEW_TOKENS or answer.token_ids[-1] == EOS
 
@@ -269,6 +296,12 @@ def test_sync_from_megatron_restores_the_engine_bit_for_bit(outcome: Outcome) ->
 def test_the_process_is_left_as_it_was(outcome: Outcome, tensor: int) -> None:
     assert [rank[tensor].changed for rank in outcome.ranks] == [[], []]
     assert [rank["total"] for rank in outcome.ranks] == [3, 3]
+
+
+def test_shared_memory_has_a_name_of_its_own(outcome: Outcome) -> None:
+    first, second = ({rank[tensor].shared_memory for rank in outcome.ranks} for tensor in (1, 2))
+    assert len(first) == len(second) == 1 and first != second
+    assert all(name.startswith("opsd-") for name in first | second)
 
 
 @both_sizes
