@@ -416,11 +416,12 @@ def _process_state_kept() -> Iterator[None]:
 
 @contextmanager
 def _private_shared_memory() -> Iterator[None]:
-    """On CPU, give this engine's shared memory a name no other job on the machine has.
+    """On CPU, give this engine's shared memory a name no other job on the machine has, and leave no file of it behind.
 
     vLLM derives the name from the launcher's address, which under ``external_launcher`` is the constant ``env://``:
     a second job with an engine of the same size fails with "create shm in SHMManager failed. errno: 17", and so does
-    the next one after a job that was killed. The address is otherwise unused once the default group exists.
+    the next one after a job that was killed. The address is otherwise unused once the default group exists. Once all
+    ranks have mapped the memory its name has served; vLLM removes it only when a process ends by itself.
 
     Ranks: every rank of the world.
     """
@@ -439,8 +440,11 @@ def _private_shared_memory() -> Iterator[None]:
     ExecutorWithExternalLauncher._distributed_args = arguments
     try:
         yield
+        dist.barrier()
     finally:
         ExecutorWithExternalLauncher._distributed_args = original
+        for path in Path("/dev/shm").glob(f"{name}-*"):
+            path.unlink(missing_ok=True)  # ranks of one machine do this side by side
 
 
 @contextmanager

@@ -298,10 +298,12 @@ def test_the_process_is_left_as_it_was(outcome: Outcome, tensor: int) -> None:
     assert [rank["total"] for rank in outcome.ranks] == [3, 3]
 
 
-def test_shared_memory_has_a_name_of_its_own(outcome: Outcome) -> None:
+def test_shared_memory_has_a_name_of_its_own_and_leaves_no_file(outcome: Outcome) -> None:
     first, second = ({rank[tensor].shared_memory for rank in outcome.ranks} for tensor in (1, 2))
     assert len(first) == len(second) == 1 and first != second
-    assert all(name.startswith("opsd-") for name in first | second)
+    for name in first | second:
+        assert name.startswith("opsd-")
+        assert not list(Path("/dev/shm").glob(f"{name}*"))
 
 
 @both_sizes
