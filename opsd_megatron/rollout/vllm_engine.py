@@ -2,10 +2,10 @@
 
 Every rank holds a slice of an engine (``distributed_executor_backend="external_launcher"``). Engine groups of
 ``config.engine_tensor`` neighbouring ranks tile the world; each group is a replica and draws its own share of the
-prompts. vLLM runs in the trainer's process, so whatever it changes there is put back: see :func:`_process_state_kept`.
+prompts. vLLM runs in the trainer's process, so whatever it changes there is put back: see ``rollout.process``.
 
-Written against vLLM 0.31 and 0.32. The CUDA branches (sleep and wake, memory fraction) have not been run by the tests,
-which have no GPU.
+The tests run vLLM 0.32 on CPU. Its 0.31, the one in NVIDIA's container, has the same calls by its source; the CUDA
+branches (sleep and wake, memory fraction) have not been run.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import gc
 import json
 import logging
 import os
-import random
-import sys
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +28,12 @@ from opsd_megatron.config import Config
 from opsd_megatron.distributed.collectives import broadcast_object, gather_objects
 from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
+from opsd_megatron.rollout.process import (
+    default_group_kept,
+    prepare_environment,
+    process_state_kept,
+    random_state_kept,
+)
 from opsd_megatron.types import FinishReason, Generation
 
 if TYPE_CHECKING:
@@ -89,12 +91,12 @@ class VllmEngine:
         problem: str | None = None
         try:
             stop_ids = stop_token_ids(model_path)
-            with _process_state_kept():
+            with process_state_kept():
                 _import_vllm()
         except EngineError as error:
             cause, problem = error, str(error)
         _raise_on_every_rank(problem, cause)
-        with _process_state_kept(), _private_shared_memory():
+        with process_state_kept(), _private_shared_memory():
             llm = _build_llm(model_path, config, max_length)
         world, tensor = dist.get_world_size(), config.engine_tensor
         return cls(llm, stop_ids, replicas=world // tensor, replica=dist.get_rank() // tensor, max_length=max_length)
@@ -120,7 +122,7 @@ class VllmEngine:
                     "Raise model.max_length or lower data.max_prompt_tokens"
                 )
         own = share(len(prompts), self._replicas, self._replica)
-        with _random_state_kept():
+        with random_state_kept():
             outputs = self._draw([prompts[i] for i in own], [seeds[i] for i in own], sampling)
         return self._gather(outputs)
 
@@ -165,7 +167,7 @@ class VllmEngine:
         """
         if self._asleep:  # the key/value cache stays released until wake_up
             self._running.wake_up(tags=["weights"])
-        with torch.no_grad(), _random_state_kept():
+        with torch.no_grad(), random_state_kept():
             self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not torch.cuda.is_available():
                 self._running.apply_model(_repack_tied_head)
@@ -193,7 +195,7 @@ class VllmEngine:
         """
         if self._llm is None:
             return
-        with _default_group_kept():
+        with default_group_kept():
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
@@ -237,25 +239,6 @@ def stop_token_ids(model_path: Path) -> tuple[int, ...]:
             f"{model_path} names no end-of-sequence token: set eos_token_id in its generation_config.json"
         )
     return tuple(sorted(stop))
-
-
-def prepare_environment() -> None:
-    """Set the environment variables vLLM reads. Must run before the first import of vllm; calling it again is harmless.
-
-    Variables the user has set are kept, except the one without which co-located engines cannot work.
-    """
-    # Engine and trainer share a process: the scheduler must run here, not in a child.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # At WARNING each rank prints a page on choices made here on purpose.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if torch.cuda.is_available():
-        return
-    # Compiling vLLM's small sampling helpers takes 4 to 16 s and a C++ compiler, and gains nothing on CPU.
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    dynamo = sys.modules.get("torch._dynamo.config")
-    if dynamo is not None and os.environ["TORCH_COMPILE_DISABLE"] == "1":  # it has read the variable already
-        dynamo.disable = True  # type: ignore[attr-defined]
 
 
 def _import_vllm() -> None:
@@ -370,51 +353,6 @@ def _raise_on_every_rank(problem: str | None, cause: Exception | None) -> None:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put the global random number generators back: vLLM seeds them at its start and advances torch's as it samples."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
-
-@contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Put back what importing and starting vLLM changes in a process that is the trainer's too.
-
-    On CPU it replaces ``torch.set_num_threads`` by a function that does nothing, sets ``LOCAL_WORLD_SIZE`` to the
-    engine's size, and adds to ``LD_PRELOAD``, which child processes would inherit. Thread count, core affinity and
-    default dtype come back too: vLLM 0.32 leaves them alone here, other versions bind threads to cores.
-    """
-    environment, set_num_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
-    dtype, affinity = torch.get_default_dtype(), os.sched_getaffinity(0)
-    try:
-        with _random_state_kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM touches every name torch has deprecated
-            yield
-    finally:
-        for name in {*os.environ, *environment}:
-            if name.startswith("VLLM_"):  # its own affair
-                continue
-            if name in environment:
-                os.environ[name] = environment[name]
-            else:
-                del os.environ[name]
-        torch.set_num_threads = set_num_threads
-        torch.set_default_dtype(dtype)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        if os.sched_getaffinity(0) != affinity:
-            os.sched_setaffinity(0, affinity)
-
-
-@contextmanager
 def _private_shared_memory() -> Iterator[None]:
     """On CPU, give this engine's shared memory a name no other job on the machine has, and leave no file of it behind.
 
@@ -445,19 +383,3 @@ def _private_shared_memory() -> Iterator[None]:
         ExecutorWithExternalLauncher._distributed_args = original
         for path in Path("/dev/shm").glob(f"{name}-*"):
             path.unlink(missing_ok=True)  # ranks of one machine do this side by side
-
-
-@contextmanager
-def _default_group_kept() -> Iterator[None]:
-    """Keep the default process group, which the trainer still uses: vLLM's shutdown destroys it with its own groups."""
-    destroy = dist.destroy_process_group
-
-    def destroy_given(group: dist.ProcessGroup | None = None) -> None:
-        if group is not None:
-            destroy(group)
-
-    dist.destroy_process_group = destroy_given
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy
