@@ -7,8 +7,6 @@ SHELL := bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME
 START := $(shell date +%s)
-# What is checked strictly; the rest of the package is checked with mypy's ordinary rules.
-STRICT := $(addprefix opsd_megatron/,types.py config.py errors.py losses data)
 # Tests never go to the network for models or data. One thread a process: two workers share the machine's cores.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
@@ -33,8 +31,8 @@ test: venv lint types imports shell unit functional ## everything a change has t
 lint: venv ## ruff: rules and formatting
 	$(call step,ruff,ruff check . && ruff format --check .)
 
-types: venv ## mypy: strict for types, config, errors, losses and data, ordinary for the rest
-	$(call step,mypy,mypy --strict $(STRICT) && mypy opsd_megatron)
+types: venv ## mypy: strict, with allowances where untyped Megatron-Core comes in
+	$(call step,mypy,mypy)
 
 imports: venv ## import-linter: the layers of docs/architecture.md
 	$(call step,import-linter,lint-imports)
