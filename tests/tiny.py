@@ -59,7 +59,9 @@ def make_tiny_qwen3(
         ``path``.
     """
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = Path(path)
     eos_id, pad_id = (vocab_size - 1, 0) if not with_tokenizer else (258, 256)
     config = Qwen3Config(

@@ -59,10 +59,21 @@ def test_weights_and_optimizer_state_over_four_ranks(untied: Path, tmp_path: Pat
     assert run_distributed(travel, 4, untied, tmp_path, meshes) == [[True] * 4] * 4
 
 
-@pytest.mark.parametrize(("sharded", "dtype"), [(True, "bfloat16"), (False, "float32"), (False, "bfloat16")])
-def test_weights_and_optimizer_state_over_two_ranks(tied: Path, tmp_path: Path, sharded: bool, dtype: str) -> None:
-    meshes = [Mesh(tp=tp, pp=pp, sharded_optimizer=sharded, dtype=dtype) for tp, pp in [(2, 1), (1, 2), (1, 1), (2, 1)]]
-    assert run_distributed(travel, 2, tied, tmp_path, meshes) == [[True] * 3] * 2
+def travel_of_each_kind(source: Path, root: Path) -> dict[str, list[bool]]:
+    kinds = [(True, "bfloat16"), (False, "float32"), (False, "bfloat16")]
+    return {
+        f"{sharded} {dtype}": travel(
+            source,
+            root / f"{sharded} {dtype}",
+            [Mesh(tp=tp, pp=pp, sharded_optimizer=sharded, dtype=dtype) for tp, pp in [(2, 1), (1, 2), (1, 1), (2, 1)]],
+        )
+        for sharded, dtype in kinds
+    }
+
+
+def test_every_kind_of_optimizer_over_two_ranks(tied: Path, tmp_path: Path) -> None:
+    expected = {kind: [True] * 3 for kind in ("True bfloat16", "False float32", "False bfloat16")}
+    assert run_distributed(travel_of_each_kind, 2, tied, tmp_path) == [expected] * 2
 
 
 def change_padding(source: Path, root: Path) -> bool:
@@ -104,10 +115,14 @@ def resume(source: Path, root: Path, mesh: Mesh) -> dict[str, bool]:
     return outcome
 
 
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2, sharded_optimizer=False), Mesh(pp=2, dtype="bfloat16")])
-def test_resuming_is_exact(tied: Path, tmp_path: Path, mesh: Mesh) -> None:
+def resume_on_each(source: Path, root: Path, meshes: list[Mesh]) -> list[dict[str, bool]]:
+    return [resume(source, root / str(number), mesh) for number, mesh in enumerate(meshes)]
+
+
+def test_resuming_is_exact(tied: Path, tmp_path: Path) -> None:
+    meshes = [Mesh(), Mesh(tp=2, sharded_optimizer=False), Mesh(pp=2, dtype="bfloat16")]
     expected = {"state": True, "random numbers": True, "weights": True}
-    assert run_distributed(resume, 2, tied, tmp_path, mesh) == [expected] * 2
+    assert run_distributed(resume_on_each, 2, tied, tmp_path, meshes) == [[expected] * 3] * 2
 
 
 def other_uses(source: Path, root: Path) -> dict[str, bool]:
@@ -144,32 +159,37 @@ def test_other_uses(tied: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "weights").rglob("*.safetensors"))
 
 
-def fail(source: Path, root: Path, where: str) -> str:
-    """Save once, then again with a full disk on one rank; the message of the second."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def fail(source: Path, root: Path) -> dict[str, str]:
+    """Save once, then again and again with a full disk in one place; the messages."""
 
-    def raise_full(*args: object, **kwargs: object) -> None:
-        raise full
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    messages = {}
     with run_on(Mesh(tp=2), source) as run:
         run.save(root / "step_1", 1)
-        if where == "rank 1" and run.dims.rank == 1:
-            torch_dist.FileSystemWriter.write_data = raise_full  # type: ignore[method-assign]
-        if where == "common state":
-            torch_dist.TorchCommonSaveStrategy.save_common = raise_full  # type: ignore[method-assign]
-        if where == "last files":
-            state.copy_hf_files = raise_full  # type: ignore[assignment]
-        try:
-            run.save(root / "step_2", 2)
-        except CheckpointError as error:
-            return str(error)
-    return "saved"
+        places: dict[str, tuple[object, str]] = {
+            "rank 1": (torch_dist.FileSystemWriter, "write_data"),
+            "common state": (torch_dist.TorchCommonSaveStrategy, "save_common"),
+            "last files": (state, "copy_hf_files"),
+        }
+        for place, (owner, name) in places.items():
+            with pytest.MonkeyPatch.context() as patch:
+                if place != "rank 1" or run.dims.rank == 1:
+                    patch.setattr(owner, name, full)
+                try:
+                    run.save(root / "step_2", 2)
+                except CheckpointError as error:
+                    messages[place] = str(error)
+                torch.distributed.barrier()
+    return messages
 
 
-@pytest.mark.parametrize("where", ["rank 1", "common state", "last files"])
-def test_a_full_disk_on_one_rank_stops_all_and_leaves_nothing(tied: Path, tmp_path: Path, where: str) -> None:
-    messages = run_distributed(fail, 2, tied, tmp_path, where)
-    assert messages[0] == messages[1] and "No space left on device" in messages[0]
+def test_a_full_disk_on_one_rank_stops_all_and_leaves_nothing(tied: Path, tmp_path: Path) -> None:
+    first, second = run_distributed(fail, 2, tied, tmp_path)
+    assert first == second and first.keys() == {"rank 1", "common state", "last files"}
+    assert all("No space left on device" in message for message in first.values()), first
+    assert "rank 1" in first["rank 1"]
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     assert latest_checkpoint(tmp_path) == tmp_path / "step_1"
 
@@ -242,7 +262,7 @@ def test_damaged_and_foreign_checkpoints_are_named(tied: Path, untied: Path, tmp
         "noise shard": ("noise shard cannot be loaded",),
         "nowhere": ("there is no checkpoint", "nowhere"),
         "untied": ("no tensor output_layer.weight", "different model"),
-        "wider": ("linear_fc1.weight", "different model"),
+        "wider": ("linear_fc2.weight with shape (2, 64, 96)", "different model"),
     }
     assert messages.keys() == parts.keys()
     for name, expected in parts.items():
