@@ -31,6 +31,7 @@ class StageRecord:
         name: Name of the stage.
         command: The child's arguments after the interpreter.
         seconds: Wall time.
+        cpu_seconds: Processor time of all its processes, which a busy machine does not change.
         peak_memory_gib: Most memory that the stage's processes held together, sampled every second (proportional set
             size, so shared pages count once).
         largest_process_gib: Largest resident set that any one of its processes reached, as the kernel recorded it.
@@ -39,6 +40,7 @@ class StageRecord:
     name: str
     command: list[str]
     seconds: float
+    cpu_seconds: float
     peak_memory_gib: float
     largest_process_gib: float
 
@@ -90,7 +92,7 @@ class StageRunner:
         sampler = _MemorySampler(child.pid)
         sampler.start()
         try:
-            # Unlike Popen.wait, wait4 also tells the largest resident set among the child and its own children.
+            # Unlike Popen.wait, wait4 also tells what the child and its own children used.
             _, status, usage = os.wait4(child.pid, 0)
         except BaseException:
             child.terminate()
@@ -105,6 +107,7 @@ class StageRunner:
             name=name,
             command=command,
             seconds=round(time.monotonic() - start, 1),
+            cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),
             peak_memory_gib=round(sampler.peak / GIB, 2),
             largest_process_gib=round(usage.ru_maxrss * 1024 / GIB, 2),
         )
@@ -146,8 +149,12 @@ def _say(line: str) -> None:
 
 def cost_table(records: Sequence[StageRecord]) -> str:
     """Wall time and memory of each stage, as text."""
-    lines = [f"{'stage':<12}{'seconds':>9}{'peak memory, GiB':>19}"]
-    lines += [f"{record.name:<12}{record.seconds:>9.0f}{record.peak_memory_gib:>19.2f}" for record in records]
-    peak = max(record.peak_memory_gib for record in records)
-    lines.append(f"{'total':<12}{sum(record.seconds for record in records):>9.0f}{peak:>19.2f}")
+
+    def line(name: str, seconds: float, cpu_seconds: float, peak: float) -> str:
+        return f"{name:<12}{seconds:>9.0f}{cpu_seconds:>15.0f}{peak:>19.2f}"
+
+    lines = [f"{'stage':<12}{'seconds':>9}{'CPU seconds':>15}{'peak memory, GiB':>19}"]
+    lines += [line(each.name, each.seconds, each.cpu_seconds, each.peak_memory_gib) for each in records]
+    total, total_cpu = sum(each.seconds for each in records), sum(each.cpu_seconds for each in records)
+    lines.append(line("total", total, total_cpu, max(each.peak_memory_gib for each in records)))
     return "\n".join(lines)
