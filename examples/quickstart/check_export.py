@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -87,9 +88,10 @@ def answers_by_vllm(model: Path, prompts: list[list[int]]) -> list[list[int]]:
         VLLM_LOGGING_LEVEL="ERROR",
         TORCH_COMPILE_DISABLE="1",
     )
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs as it is imported, before it reads its own setting
     from vllm import LLM, SamplingParams
 
-    engine = LLM(str(model), dtype="float32", max_model_len=512, enforce_eager=True, seed=0)
+    engine = LLM(str(model), dtype="float32", max_model_len=512, enforce_eager=True, seed=0, use_tqdm_on_load=False)
     outputs = engine.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0.0, max_tokens=MAX_NEW_TOKENS),
