@@ -373,7 +373,7 @@ class _ShardWriter:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         begin, self.data_bytes = self.data_bytes, self.data_bytes + flat.numel() * flat.element_size()
         if flat.numel():
-            self.stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            self.stream.write(flat.view(torch.uint8).numpy().data)
         self._header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),

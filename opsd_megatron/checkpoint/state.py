@@ -130,6 +130,7 @@ def load_checkpoint(
     record = _read_record(directory)
     if optimizer is not None and not record["optimizer"]:
         raise CheckpointError(f"{directory} holds weights only: pass it as model.checkpoint to start from them")
+    _check_vocabulary(directory, model)
     same_mesh = record["mesh"] == _mesh(model)
     request: dict[str, Any] = {"model": torch_dist.model_state(model)}
     if same_mesh:
@@ -155,6 +156,7 @@ def load_model_weights(directory: str | Path, model: nn.Module) -> None:
     """
     directory = Path(directory).absolute()
     _read_record(directory)
+    _check_vocabulary(directory, model)
     loaded = torch_dist.read({"model": torch_dist.model_state(model)}, directory)
     torch_dist.load_model_state(model, loaded["model"])
 
@@ -268,6 +270,21 @@ def _read_record(directory: Path) -> dict[str, Any]:
             found = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
             raise CheckpointError(f"{file} {found}: the checkpoint is damaged, remove it to use an earlier one")
     return record  # type: ignore[no-any-return]
+
+
+def _check_vocabulary(directory: Path, model: nn.Module) -> None:
+    """Megatron-Core cuts or zero-fills a vocabulary of another size, taking the difference for padding."""
+    file = directory / HF_FOLDER / "config.json"
+    try:
+        theirs = int(json.loads(file.read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}): the checkpoint is damaged, use another") from error
+    module, tp = torch_dist.unwrap(model), _mesh(model)["tensor"]
+    if module.vocab_size != -(-theirs // tp) * tp:
+        raise CheckpointError(
+            f"{directory} has a vocabulary of {theirs}, this model one of {module.vocab_size}: it was saved from a "
+            "different model"
+        )
 
 
 def _not_a_checkpoint(directory: Path) -> str:

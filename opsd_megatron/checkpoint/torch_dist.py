@@ -99,7 +99,7 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_l
     return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))  # type: ignore
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     """Hand what :func:`read` returned for :func:`optimizer_state` to the optimizer.
 
     Ranks: every rank.
@@ -202,15 +202,12 @@ def read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The checkpoint is damaged, or lacks or mis-shapes something that ``state`` asks for.
     """
-    try:
-        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # a pickle: damage can raise anything
-        raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error!r}") from error
+    stored = _stored(folder)
     for entry in nested_values(state):
         if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
             if entry.key not in stored:
                 raise CheckpointError(f"{folder} has no tensor {entry.key}: it was saved from a different model")
-            # A vocabulary's padding depends on the mesh.
+            # A vocabulary's padding depends on the mesh; state.py compares the vocabularies themselves.
             exact = isinstance(entry, ShardedTensor) and not entry.allow_shape_mismatch
             if exact and tuple(stored[entry.key].size) != tuple(entry.global_shape):
                 raise CheckpointError(
@@ -226,9 +223,20 @@ def read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the model's parameters in a checkpoint."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return stored["embedding.word_embeddings.weight"].properties.dtype  # type: ignore[no-any-return]
+    """The dtype of the model's parameters in a checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+    """
+    return _stored(folder)["embedding.word_embeddings.weight"].properties.dtype  # type: ignore[no-any-return]
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Shape and dtype of every tensor in a checkpoint, by name."""
+    try:
+        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except Exception as error:  # a pickle: damage can raise anything
+        raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error!r}") from error
 
 
 def _first_failure(error: BaseException) -> str:

@@ -39,7 +39,7 @@ def largest_logit_difference(hf: str, checkpoint: str) -> float:
         expected = [reference(sample.unsqueeze(0)).logits[0] for sample in samples]
     del reference
     logits = checkpoint_logits(checkpoint, [sample.tolist() for sample in samples])
-    return max((ours - theirs).abs().max().item() for ours, theirs in zip(logits, expected, strict=True))
+    return max(float((ours - theirs).abs().max()) for ours, theirs in zip(logits, expected, strict=True))
 
 
 def verify(hf: str, checkpoint: str) -> bool:

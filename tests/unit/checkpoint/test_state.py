@@ -251,7 +251,12 @@ def load_broken(source: Path, others: dict[str, Path], root: Path) -> dict[str, 
 
 
 def test_damaged_and_foreign_checkpoints_are_named(tied: Path, untied: Path, tmp_path: Path) -> None:
-    others = {"untied": untied, "wider": make_tiny_qwen3(tmp_path / "wider", num_layers=2, ffn=64)}
+    others = {
+        "untied": untied,
+        "narrower": make_tiny_qwen3(tmp_path / "narrower", num_layers=2, ffn=64),
+        "longer": make_tiny_qwen3(tmp_path / "longer", num_layers=3),
+        "more words": make_tiny_qwen3(tmp_path / "words", num_layers=2, vocab_size=273),
+    }
     (messages,) = run_distributed(load_broken, 1, tied, others, tmp_path)
     parts = {
         "cut shard": ("__0_0.distcp has", "instead of"),
@@ -262,7 +267,9 @@ def test_damaged_and_foreign_checkpoints_are_named(tied: Path, untied: Path, tmp
         "noise shard": ("noise shard cannot be loaded",),
         "nowhere": ("there is no checkpoint", "nowhere"),
         "untied": ("no tensor output_layer.weight", "different model"),
-        "wider": ("linear_fc2.weight with shape (2, 64, 96)", "different model"),
+        "longer": ("different model",),
+        "more words": ("a vocabulary of 272, this model one of 273",),
+        "narrower": ("linear_fc2.weight with shape (2, 64, 96)", "different model"),
     }
     assert messages.keys() == parts.keys()
     for name, expected in parts.items():
