@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from opsd_megatron.errors import ConfigError
 
@@ -148,7 +148,8 @@ class RolloutConfig:
 
     Attributes:
         engine: ``vllm``, or ``scripted`` (responses read from ``script``, for tests that need fixed ones).
-        script: JSONL file of scripted responses, one object with ``problem_id`` and ``token_ids`` a line.
+        script: JSONL file of scripted responses, one object with ``prompt_ids`` and ``token_ids`` (and optionally
+            ``log_probs``) a line.
         tensor: Tensor-parallel size of the engine; ``None``: ``parallel.tensor``. Engine groups tile the world.
         temperature: Sampling temperature; the loss uses the same one.
         top_p: Nucleus mass.
@@ -157,7 +158,7 @@ class RolloutConfig:
         samples_per_problem: Responses drawn for each problem.
         memory_fraction: Share of device memory the engine may take (CUDA only).
         kv_cache_gib: Size of the key/value cache on CPU, in GiB a rank.
-        enforce_eager: Skip the engine's graph capture and compilation.
+        enforce_eager: Skip the engine's graph capture and compilation (CUDA only; on CPU it is always skipped).
         max_log_prob_gap: Stop the run where the engine's log-probs differ from the trainer's by more than this on
             average; ``None`` only logs it.
         save: Write each step's rollouts to ``output_dir/rollouts/``.
@@ -377,7 +378,7 @@ def _check_ranges(config: Config) -> None:
         value = config.get(key)
         if value is not None and not math.isfinite(value):
             raise ConfigError(f"{key}={value} is not a finite number")
-        return value  # type: ignore[no-any-return]
+        return cast("float | None", value)
 
     for key, (least, greatest) in _RANGES.items():
         value = number(key)

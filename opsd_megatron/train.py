@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -102,6 +103,9 @@ def run(arguments: list[str]) -> None:
         return
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if options.check is None else options.check
     config.validate(world_size)
+    # Megatron-Core names every optional GPU library that is absent, on every rank; torch, what Megatron-Core still uses.
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Imported late: a bad configuration is reported without waiting for Megatron-Core and vLLM.
     from opsd_megatron.trainer.setup import build_trainer, check_inputs
 

@@ -8,6 +8,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+# Short steps would bury everything else in a log; every step is in metrics.jsonl.
+_SECONDS_BETWEEN_LINES = 2.0
+
 
 class Progress:
     """Shows how far a run is.
@@ -27,6 +30,7 @@ class Progress:
         self._total, self._initial, self._label = total, initial, label
         self._stream = sys.stderr if stream is None else stream
         self._started = time.monotonic()
+        self._printed = -_SECONDS_BETWEEN_LINES
         self._bar: tqdm[None] | None = None
         if self._stream.isatty():
             self._bar = tqdm(total=total, initial=initial, desc=label, file=self._stream, dynamic_ncols=True)
@@ -37,7 +41,10 @@ class Progress:
             self._bar.set_postfix_str(summary, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        self._print(f"{self._label} {step}/{self._total} {summary}".rstrip() + f" ({self._time_left(step)} left)")
+        now = time.monotonic()
+        if step == self._total or now - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._printed = now
+            self._print(f"{self._label} {step}/{self._total} {summary}".rstrip() + f" ({self._time_left(step)} left)")
 
     def message(self, text: str) -> None:
         """Show a line of its own, above the bar where there is one."""

@@ -143,9 +143,8 @@ class Trainer:
     def _sync(self, timer: PhaseTimer) -> None:
         if self.engine is not None:
             with timer("sync"):
-                self.engine.wake_up()
+                # Asleep, the engine wakes for its weights only: its cache stays released while tensors stream in.
                 sync_weights(self.engine, self.trainable.model.module, self.spec, self.dims)
-                self.engine.sleep()
 
     def _evaluate(self, step: int, timer: PhaseTimer) -> dict[str, Any] | None:
         """Evaluate where the configuration asks for it after ``step`` steps (0: before the first)."""

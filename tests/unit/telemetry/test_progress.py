@@ -49,3 +49,16 @@ def test_standard_error_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     Progress(2).update(1)
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("step 1/2")
+
+
+def test_short_steps_do_not_fill_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(100, stream=stream)
+    for step in range(1, 101):
+        now[0] += 0.1
+        progress.update(step)
+    shown = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
+    assert shown[0] == 1 and shown[-1] == 100
+    assert 5 <= len(shown) <= 8
