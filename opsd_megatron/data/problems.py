@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from opsd_megatron.config import DataConfig
+from opsd_megatron.data.boxed import last_boxed
 from opsd_megatron.errors import DataError
 from opsd_megatron.types import Problem, Role
 
@@ -64,22 +65,6 @@ def load_problems(config: DataConfig, source: str, *, needs_solution: bool, need
     if not problems:
         raise DataError(f"{source}: holds no rows; a data source needs at least one problem")
     return problems
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` whose braces balance, or ``None``. ``\{`` and ``\}`` do not count."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth, position = 1, match.end()
-        while position < len(text):
-            character = text[position]
-            if character == "\\":
-                position += 1  # the next character is escaped
-            elif character in "{}":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    return text[match.end() : position].strip()
-            position += 1
-    return None
 
 
 # --- rows of a source -------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from opsd_megatron.data.boxed import last_boxed
 from opsd_megatron.errors import OpsdError
 
 Status = Literal["ok", "unparsable", "timeout"]
@@ -27,7 +27,6 @@ Status = Literal["ok", "unparsable", "timeout"]
 _WORKER = Path(__file__).with_name("judge_worker.py")
 _MAX_WORKERS = 4
 _ANSWERS_PER_WORKER = 250  # about what one judges in the time another takes to start
-_TOKENS = re.compile(r"(\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
 
 
 class JudgeError(OpsdError):
@@ -48,26 +47,6 @@ class Verdict:
     correct: bool
     boxed: bool
     status: Status
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete ``\boxed{...}``, without blanks around it, or ``None``.
-
-    Braces nest; an escaped one (``\{``) is text. Of nested boxes the inner one is the last. A box that is never closed
-    (a response cut off by the token limit) is none. One pass, so linear in the length whatever the text.
-    """
-    opened: list[int | None] = []  # start of the content for a box, None for a plain brace
-    start, content = -1, None
-    for token in _TOKENS.finditer(text):
-        if token.group(1):
-            opened.append(token.end())
-        elif token.group() == "{":
-            opened.append(None)
-        elif token.group() == "}" and opened:
-            begin = opened.pop()
-            if begin is not None and begin > start:
-                start, content = begin, text[begin : token.start()].strip()
-    return content
 
 
 def judge_answers(responses: Sequence[str], answers: Sequence[str], *, seconds: float) -> list[Verdict]:

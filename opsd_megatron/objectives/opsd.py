@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from opsd_megatron.config import ObjectiveConfig
 from opsd_megatron.data.prompts import PromptBuilder
-from opsd_megatron.losses import linear_divergence_with_diagnostics
+from opsd_megatron.losses import ClipMode, linear_divergence_with_diagnostics
 from opsd_megatron.objectives.base import LossOutput, sequence_mean_weights
 from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
 
@@ -68,12 +69,14 @@ class Opsd:
             beta=self.config.beta,
             temperature=self.temperature,
             clip=self.config.clip,
-            clip_mode=self.config.clip_mode,
+            clip_mode=cast(ClipMode, self.config.clip_mode),
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
             chunk_rows=self.config.chunk_rows,
             target_ids=batch.response_ids,
         )
+        student_log_prob, teacher_log_prob = diagnostics.student_log_prob, diagnostics.teacher_log_prob
+        assert student_log_prob is not None and teacher_log_prob is not None, "given with target_ids"
         loss_sum = (row_loss * batch.row_weights).sum()
         sums = {
             "loss": loss_sum.detach(),
@@ -81,10 +84,12 @@ class Opsd:
             "clip_fraction": diagnostics.clip_fraction.sum(),
             "clipped_teacher_mass": diagnostics.clipped_teacher_mass.sum(),
             "student_entropy": diagnostics.student_entropy.sum(),
-            "student_log_prob": diagnostics.student_log_prob.sum(),
-            "teacher_log_prob": diagnostics.teacher_log_prob.sum(),
+            "teacher_entropy": diagnostics.teacher_entropy.sum(),
+            "top1_agreement": diagnostics.top1_agreement.sum(),
+            "student_log_prob": student_log_prob.sum(),
+            "teacher_log_prob": teacher_log_prob.sum(),
         }
-        gap = diagnostics.student_log_prob - batch.engine_log_probs
+        gap = student_log_prob - batch.engine_log_probs
         sums["log_prob_gap"] = gap.abs().sum()
         # -inf for an empty micro-batch: it must not win against another micro-batch's maximum.
         largest = gap.abs().max() if gap.numel() else torch.full_like(loss_sum.detach(), -torch.inf)

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from opsd_megatron.config import DataConfig
-from opsd_megatron.data.problems import last_boxed, load_problems
+from opsd_megatron.data.problems import load_problems
 from opsd_megatron.errors import DataError
 from opsd_megatron.types import Problem
 
@@ -181,21 +181,3 @@ def test_hub_name_split_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         load("org/name:nope")
     assert asked == [("org/maths-v1.1", "train"), ("org/name", "test"), ("org/name", "nope")]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("\\boxed{1} then \\boxed{2}", "2"),
-        ("\\boxed{\\frac{a}{b}}.", "\\frac{a}{b}"),
-        ("\\boxed {x}", "x"),
-        ("\\boxed{\\left\\{ 1, 2 \\right.}", "\\left\\{ 1, 2 \\right."),
-        ("\\boxed{1} and \\boxed{cut", "1"),
-        ("\\boxed{a\\\\}", "a\\\\"),
-        ("\\boxed{}", ""),
-        ("boxed{1}", None),
-        ("\\boxed{never \\", None),
-    ],
-)
-def test_last_boxed(text: str, expected: str | None) -> None:
-    assert last_boxed(text) == expected
