@@ -103,7 +103,7 @@ def run(arguments: list[str]) -> None:
         return
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if options.check is None else options.check
     config.validate(world_size)
-    # Megatron-Core names every optional GPU library that is absent, on every rank; torch, what Megatron-Core still uses.
+    # Megatron-Core names every optional GPU library that is absent, on every rank, and torch what it deprecates.
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Imported late: a bad configuration is reported without waiting for Megatron-Core and vLLM.

@@ -146,7 +146,7 @@ def _main(rank: int, call: bytes, environment: dict[str, str], timeout: float, c
         worker, args = pickle.loads(call)
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         answer = pickle.dumps((True, worker(*args)))
-    except BaseException:  # noqa: BLE001 - whatever it is, the launcher reports it
+    except BaseException:  # whatever it is, the launcher reports it
         answer = pickle.dumps((False, traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+
+from opsd_megatron.config import Config, ObjectiveConfig
+from opsd_megatron.data.packing import pack
+from opsd_megatron.data.prompts import PromptBuilder
+from opsd_megatron.objectives import build_objective
+from opsd_megatron.objectives.base import sequence_mean_weights
+from opsd_megatron.objectives.opsd import Opsd
+from opsd_megatron.objectives.sft import Sft
+from opsd_megatron.types import AlignedSample, Generation, Problem, Rollout, TeacherTargets
+
+V, H = 11, 4
+PROBLEM = Problem(id="a:1", problem="p", solution="s")
+
+
+class Prompts:
+    """Prompts that show what they were made from."""
+
+    def teacher(self, problem: Problem, reference: str | None) -> tuple[int, ...]:
+        return (1, 2, 3) if reference is None else (1, 2, 3, len(reference))
+
+    def supervised(self, problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (5, 6), (7, 8)
+
+
+PROMPTS = cast(PromptBuilder, Prompts())
+
+
+def rollout(*tokens: int) -> Rollout:
+    return Rollout(PROBLEM, (4, 5), Generation(tokens, (-1.0,) * len(tokens), "stop"), policy_version=0)
+
+
+def opsd(reference: str | None = "s", **settings: Any) -> Opsd:
+    return Opsd(ObjectiveConfig(**settings), PROMPTS, {PROBLEM.id: reference}, 1.0, V, None)
+
+
+def test_opsd_puts_the_response_under_both_prompts() -> None:
+    (sample,) = opsd("twelve chars").samples([PROBLEM], [rollout(7, 8)])
+    assert sample == AlignedSample((4, 5), (1, 2, 3, 12), (7, 8), engine_log_probs=(-1.0, -1.0))
+    (control,) = opsd(None).samples([PROBLEM], [rollout(7, 8)])
+    assert control.teacher_prompt_ids == (1, 2, 3)
+
+
+def test_sequence_reduction_is_the_mean_over_sequences_of_their_means() -> None:
+    samples = opsd(reduction="sequence").samples([PROBLEM] * 2, [rollout(7), rollout(7, 8, 9)])
+    losses = [[6.0], [1.0, 2.0, 3.0]]
+    weighted = sum(s.row_weight * loss for s, row in zip(samples, losses, strict=True) for loss in row)
+    assert weighted / 4 == pytest.approx((6.0 + 2.0) / 2)
+    assert sequence_mean_weights(samples) == [s.row_weight for s in samples]
+    assert [s.row_weight for s in opsd().samples([PROBLEM], [rollout(7)])] == [1.0]
+
+
+def test_sft_takes_the_problems_own_target() -> None:
+    sft = Sft(ObjectiveConfig(name="sft"), PROMPTS, V, None)
+    assert sft.samples([PROBLEM], []) == [AlignedSample((5, 6), None, (7, 8))]
+
+
+def test_opsd_loss_is_the_weighted_sum_and_reports_the_engine() -> None:
+    torch.manual_seed(0)
+    objective = opsd(beta=0.5, clip=None)
+    samples = objective.samples([PROBLEM] * 2, [rollout(7, 8), rollout(9)])
+    batch = pack(samples, with_teacher=True)
+    hidden = torch.randn(3, H, requires_grad=True)
+    head, other = torch.randn(V, H), torch.randn(3, H)
+    output = objective.loss(hidden, head, batch, TeacherTargets(other, head))
+    log_student = (hidden @ head.T).log_softmax(-1).double()
+    log_teacher = (other @ head.T).log_softmax(-1).double()
+    mixture = torch.logaddexp(log_student, log_teacher) - math.log(2)
+    expected = 0.5 * (
+        (log_teacher.exp() * (log_teacher - mixture)).sum() + (log_student.exp() * (log_student - mixture)).sum()
+    )
+    assert output.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.sums["divergence"].item() == pytest.approx(output.loss_sum.item(), rel=1e-6)
+    gaps = (log_student.gather(1, batch.response_ids[:, None]).squeeze(1) + 1.0).abs()
+    assert output.sums["log_prob_gap"].item() == pytest.approx(gaps.sum().item(), rel=1e-5)
+    assert output.maxima["log_prob_gap_max"].item() == pytest.approx(gaps.max().item(), rel=1e-5)
+    output.loss_sum.backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
+def test_an_empty_micro_batch_runs_backward_and_wins_no_maximum() -> None:
+    objective = opsd()
+    batch = pack([], with_teacher=True)
+    hidden, head = torch.randn(0, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    output = objective.loss(hidden, head, batch, TeacherTargets(torch.randn(0, H), head.detach()))
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == 0.0
+    assert output.maxima["log_prob_gap_max"].item() == -math.inf
+    assert head.grad is not None and not head.grad.any()
+
+
+def test_the_configuration_chooses_the_objective() -> None:
+    config = Config()
+    config.rollout.temperature = 0.7
+    built = build_objective(config, PROMPTS, {}, V, None)
+    assert isinstance(built, Opsd) and built.temperature == 0.7
+    config.objective.name = "sft"
+    assert isinstance(build_objective(config, PROMPTS, {}, V, None), Sft)
