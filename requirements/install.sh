@@ -52,6 +52,8 @@ find_python() {
         mapfile -t candidates < <(type -aP python3.11 python3 python)
     fi
     for candidate in "${candidates[@]}"; do
+        # Not the environment that is about to be made anew, which make (and its activation) puts on the PATH.
+        if [[ $(dirname "$candidate") -ef $VENV/bin ]]; then continue; fi
         version=$("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
         if [[ $version == 3.11 ]]; then
             printf '%s\n' "$candidate"

@@ -22,7 +22,7 @@ root={root}
 case "$1 $2" in
     "-c import sys"*) echo {version} ;;
     "-c import ensurepip"*) test ! -e $root/no_ensurepip ;;
-    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/python3.11" ;;
     "-m pip")
         echo "$*" >> $root/pip_calls
         for pattern in $(cat $root/pip_fails 2>/dev/null); do
@@ -53,7 +53,8 @@ class Machine:
         """Run the script to its end."""
         return subprocess.run(
             [shutil.which("bash") or "bash", str(self.root / "requirements" / "install.sh")],
-            env={"PATH": str(self.root / "bin"), **environment},
+            # As under make, and in a shell where the environment is activated.
+            env={"PATH": f"{self.venv}/bin:{self.root}/bin", **environment},
             capture_output=True,
             text=True,
             check=False,
