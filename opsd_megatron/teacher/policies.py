@@ -34,8 +34,12 @@ class FrozenTeacher:
     """
 
     def __init__(self, model: HiddenStatesGPT, dims: ParallelDims) -> None:
-        """Take over ``model``, which holds the initial weights, and freeze it."""
-        model.requires_grad_(False)
+        """Take over ``model``, which holds the initial weights.
+
+        Its parameters stay marked as needing a gradient, though the pass records none: torch.matmul takes another
+        route, with other rounding, where the weight needs none, and a teacher that equals the student would then
+        differ from it in the last digits, which Adam blows up to full-sized updates.
+        """
         model.eval()
         self._model = model
         self._dims = dims

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+from opsd_megatron.config import Config
+from opsd_megatron.data.packing import pack
+from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.distributed.seed import seed_everything
+from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
+from opsd_megatron.models.hidden import response_hidden
+from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
+from opsd_megatron.models.weight_map import load_hf_weights
+from opsd_megatron.teacher.policies import FrozenTeacher, LiveTeacher
+from opsd_megatron.trainer.optimizer import make_trainable
+from opsd_megatron.types import AlignedSample, PackedMicroBatch
+from tests.distributed import run_distributed
+from tests.tiny import make_tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3(tmp_path_factory.mktemp("tiny"), hidden_size=128, ffn=384)
+
+
+def load(path: Path, spec: Qwen3Spec, config: Config, dims: ParallelDims) -> HiddenStatesGPT:
+    model = build_model(spec, config, dims)
+    load_hf_weights(model, spec, SafetensorsReader(path), dims)
+    return model
+
+
+def batches() -> list[PackedMicroBatch]:
+    """Long enough for every matrix product to take the blocked routes of real runs."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(256, (count,), generator=draw).tolist())
+
+    samples = [AlignedSample(prompt, prompt, ids(30 + i % 7)) for i in range(32) for prompt in [ids(27 + i % 3)]]
+    return [pack(samples, with_teacher=True), pack([], with_teacher=True)]
+
+
+def _compare(path: Path) -> tuple[list[bool], float]:
+    config = Config()
+    config.model.dtype, config.parallel.tensor = "float32", 2
+    dims = ParallelDims.initialize(config.parallel)
+    seed_everything(0, dims)
+    spec = read_spec(path)
+    student = load(path, spec, config, dims)
+    frozen = FrozenTeacher(load(path, spec, config, dims), dims)
+    trainable = make_trainable(student, config)
+    live = LiveTeacher(student, dims)
+    equal = []
+    micro_batches = batches()
+    for policy in (frozen, live):
+        for batch, targets in zip(micro_batches, policy.targets(micro_batches), strict=True):
+            assert targets is not None and not targets.hidden.requires_grad and not targets.head_weight.requires_grad
+            hidden = response_hidden(forward_packed(trainable.model, batch.student), batch.student.rows, dims)
+            equal += [torch.equal(hidden, targets.hidden), torch.equal(student.output_head(), targets.head_weight)]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+    moved = [(policy.targets(micro_batches)[0], policy) for policy in (frozen, live)]
+    assert moved[0][0] is not None and moved[1][0] is not None
+    return equal, (moved[0][0].hidden - moved[1][0].hidden).abs().max().item()
+
+
+def test_equal_weights_and_prompts_give_equal_bits(tiny: Path) -> None:
+    """Frozen or live, the teacher's pass rounds like the student's; and only the live one follows the student."""
+    for equal, distance in run_distributed(_compare, 2, tiny):
+        assert equal == [True] * 8
+        assert distance > 0.01
