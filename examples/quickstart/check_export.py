@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def answers_by_vllm(model: Path, prompts: list[list[int]]) -> list[list[int]]:
         TORCH_COMPILE_DISABLE="1",
     )
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it logs as it is imported, before it reads its own setting
+    warnings.simplefilter("ignore", FutureWarning)  # it touches every name torch has deprecated
     from vllm import LLM, SamplingParams
 
     engine = LLM(str(model), dtype="float32", max_model_len=512, enforce_eager=True, seed=0, use_tqdm_on_load=False)

@@ -25,12 +25,7 @@ SCRIPTS = Path("examples", "quickstart")
 TO_HUGGING_FACE = Path("tools", "checkpoint", "megatron_to_hf.py")
 # Two ranks stand for two devices. One thread each: on a model this small, more only wait for each other.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opsd_megatron.train")
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Megatron-Core warns, in every rank, of each optional GPU library that is absent.
-    "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning",
-}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 STAGES = 8
 
 
