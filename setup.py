@@ -18,7 +18,9 @@ COMMON = [
     "omegaconf>=2.3,<2.4",
     "transformers>=5.16,<6",
     "safetensors",
+    "pyyaml",
     "datasets>=5.2,<6",
+    "pyarrow",
     # Hydra 1.3 needs the ANTLR 4.9 runtime; math-verify's parser comes in a build for each runtime.
     "math-verify[antlr4-9-3]>=0.9,<0.10",
     # Only where a GPU is; pure Python and harmless elsewhere.
