@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -116,7 +117,7 @@ def summarise(output: Path, stages: StageRunner) -> bool:
     print("\none OPSD step, median seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in phases.items()))
     print("\n" + report.result_table(opsd, control))
     if passed:
-        print("\nOPSD's interval lies above both others: the gain is real, and it comes from the reference.")
+        print("\nOPSD's interval lies above both others: the gain is real, and without a reference there is none.")
     else:
         print("\nFAILED: OPSD's interval does not lie above both others.")
     print(f"\ncurves: {output / 'curves.png'}\nfigures: {output / 'summary.json'}\nmodel: {output / 'opsd_hf'}")
@@ -142,7 +143,9 @@ def main() -> int:
         output = fresh_directory(output)
     if output.is_relative_to(ROOT):
         output = output.relative_to(ROOT)
-    print(f"quickstart in {output}")
+    print(f"quickstart in {output}", flush=True)
+    # As an exception, so that the running stage is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         stages = run_stages(output)
     except StageError as error:

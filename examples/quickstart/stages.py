@@ -33,7 +33,7 @@ class StageRecord:
         seconds: Wall time.
         cpu_seconds: Processor time of all its processes, which a busy machine does not change.
         peak_memory_gib: Most memory that the stage's processes held together, sampled every second (proportional set
-            size, so shared pages count once).
+            size, so shared pages count once), and at least ``largest_process_gib``.
         largest_process_gib: Largest resident set that any one of its processes reached, as the kernel recorded it.
     """
 
@@ -101,6 +101,7 @@ class StageRunner:
         finally:
             sampler.stop()
         child.returncode = os.waitstatus_to_exitcode(status)
+        largest = usage.ru_maxrss * 1024
         if child.returncode:
             raise StageError(f"stage {name} failed with exit code {child.returncode}; its output is above")
         return StageRecord(
@@ -108,8 +109,8 @@ class StageRunner:
             command=command,
             seconds=round(time.monotonic() - start, 1),
             cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),
-            peak_memory_gib=round(sampler.peak / GIB, 2),
-            largest_process_gib=round(usage.ru_maxrss * 1024 / GIB, 2),
+            peak_memory_gib=round(max(sampler.peak, largest) / GIB, 2),
+            largest_process_gib=round(largest / GIB, 2),
         )
 
 
