@@ -160,6 +160,8 @@ main() {
     exec 9<"$LOCK"
     flock 9
     if has_lock_installed && [[ $(sed -n 2p $STAMP) == "$(package_line)" ]]; then return; fi
+    # pip ends in its own way when interrupted, which bash alone would take for a failure to be worked around.
+    trap 'printf "\ninterrupted; the next run starts over\n" >&2; exit 130' INT TERM
     SECONDS=0
     if ! has_lock_installed; then
         local python

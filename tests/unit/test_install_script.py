@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +27,26 @@ case "$1 $2" in
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/python3.11" ;;
     "-m pip")
         echo "$*" >> $root/pip_calls
+        if [[ -p $root/pip_waits ]]; then exec {python} -c '{wait}' $root/pip_waits; fi
         for pattern in $(cat $root/pip_fails 2>/dev/null); do
             if [[ "$*" == *"$pattern"* ]]; then echo "pip says no"; exit 1; fi
         done ;;
 esac
 """
+
+# pip when it is interrupted: it ends by itself and with an ordinary exit status.
+WAIT_FOR_INTERRUPT = """
+import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+open(sys.argv[1]).read(0)
+signal.sigwait([signal.SIGINT])
+sys.exit(1)
+"""
+
+
+def fake_python(root: Path, version: str) -> str:
+    """A shell script that stands for a Python of this version."""
+    return FAKE_PYTHON.format(root=root, version=version, python=sys.executable, wait=WAIT_FOR_INTERRUPT)
 
 
 @dataclass
@@ -47,7 +64,7 @@ class Machine:
 
     def python(self, name: str = "python3.11", version: str = "3.11") -> None:
         """Put an interpreter on the PATH."""
-        self.fake(name, FAKE_PYTHON.format(root=self.root, version=version))
+        self.fake(name, fake_python(self.root, version))
 
     def install(self, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the script to its end."""
@@ -127,7 +144,7 @@ def test_second_run_installs_nothing_and_says_nothing(machine: Machine) -> None:
 def test_torch_comes_from_its_own_index_where_the_configured_one_lacks_it(machine: Machine) -> None:
     machine.fake(
         "python3.11",
-        FAKE_PYTHON.format(root=machine.root, version="3.11").replace(
+        fake_python(machine.root, "3.11").replace(
             'echo "$*" >> $root/pip_calls',
             'echo "$*" >> $root/pip_calls\nif [[ "$*" == *torch.txt && "$*" != *--index-url* ]]; then exit 1; fi',
         ),
@@ -152,6 +169,27 @@ def test_failed_install_is_explained_and_done_again(machine: Machine, step: str)
     assert machine.install().returncode == 0
     assert len(machine.pip_calls()) == 4
     assert not (machine.venv / "leftover").exists()
+
+
+def test_interrupted_install_stops_and_is_done_again(machine: Machine) -> None:
+    waits = machine.root / "pip_waits"
+    os.mkfifo(waits)
+    process = subprocess.Popen(
+        [shutil.which("bash") or "bash", str(machine.root / "requirements" / "install.sh")],
+        env={"PATH": str(machine.root / "bin")},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with waits.open("w"):  # opens once pip is there to be interrupted
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the next run starts over" in errors
+    assert len(machine.pip_calls()) == 1, "what follows the interrupted step was not started"
+    waits.unlink()
+    assert machine.install().returncode == 0
+    assert len(machine.pip_calls()) == 4
 
 
 def test_changed_lock_or_moved_folder_makes_the_environment_anew(machine: Machine, tmp_path: Path) -> None:
