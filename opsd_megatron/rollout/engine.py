@@ -24,6 +24,8 @@ class Sampling:
 class RolloutEngine(Protocol):
     """An engine co-located with the trainer. Every method is collective.
 
+    It samples only after the first :meth:`update_weights`, and only while it is awake.
+
     Ranks: every rank of the world calls every method, with equal arguments.
     """
 
@@ -44,7 +46,11 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Replace the engine's weights by the full Hugging Face tensors that ``weights`` yields on every rank."""
+        """Replace the engine's weights by the full Hugging Face tensors that ``weights`` yields on every rank.
+
+        Awake or asleep. An engine that slept holds memory for its weights afterwards: :meth:`sleep` again unless
+        :meth:`wake_up` follows at once.
+        """
         ...
 
     def wake_up(self) -> None:
@@ -52,7 +58,7 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give up device memory until :meth:`wake_up`; weights are kept. A no-op on CPU."""
+        """Give up device memory until :meth:`wake_up`; weights are kept. A no-op on CPU and while asleep."""
         ...
 
     def close(self) -> None:

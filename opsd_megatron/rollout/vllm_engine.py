@@ -16,6 +16,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 # choose by; on CUDA its own defaults for the device hold.
 _CPU_MAX_SEQUENCES = 256
 _CPU_MAX_BATCHED_TOKENS = 8192
+# vLLM's names of what sleeps and wakes on its own.
+_SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 
 
 class VllmEngine:
@@ -56,25 +59,29 @@ class VllmEngine:
     of hidden size 512, 33 requests against 40). The same call on the same mesh repeats bit for bit in either.
     """
 
-    def __init__(self, llm: LLM, stop_ids: Sequence[int], *, replicas: int, replica: int, max_length: int) -> None:
+    def __init__(
+        self, llm: LLM, stop_ids: Sequence[int], *, replicas: int, replica: int, max_length: int, can_sleep: bool
+    ) -> None:
         """Use :meth:`start`."""
         self._llm: LLM | None = llm
         self._stop_ids = list(stop_ids)
         self._replicas = replicas
         self._replica = replica
         self._max_length = max_length
-        self._can_sleep = torch.cuda.is_available()
-        self._asleep = False
+        self._can_sleep = can_sleep
+        self._asleep: frozenset[str] = frozenset()
+        self._has_weights = False
 
     @classmethod
     def start(cls, model_path: Path, config: Config, *, max_length: int) -> VllmEngine:
-        """Load the model at ``model_path`` and reserve the key/value cache. Takes 10 to 30 s, most of it imports.
+        """Build the model of ``model_path`` and reserve the key/value cache. Takes 10 to 30 s, most of it imports.
 
-        Megatron's process groups may be made before or after.
+        The weights are random until the first :meth:`update_weights`, which replaces all of them: reading them from
+        disk on every rank would be wasted. Megatron's process groups may be made before or after.
 
         Args:
-            model_path: Hugging Face directory with ``config.json``, safetensors and, for the end-of-sequence token,
-                ``generation_config.json`` or a tokenizer.
+            model_path: Hugging Face directory with ``config.json`` and, for the end-of-sequence token,
+                ``generation_config.json`` or a tokenizer. Its safetensors are not read and need not be there.
             config: ``model.dtype``, ``engine_tensor`` and ``rollout`` are used.
             max_length: Longest sequence (prompt and response) in tokens.
 
@@ -99,7 +106,14 @@ class VllmEngine:
         with process_state_kept(), _private_shared_memory():
             llm = _build_llm(model_path, config, max_length)
         world, tensor = dist.get_world_size(), config.engine_tensor
-        return cls(llm, stop_ids, replicas=world // tensor, replica=dist.get_rank() // tensor, max_length=max_length)
+        return cls(
+            llm,
+            stop_ids,
+            replicas=world // tensor,
+            replica=dist.get_rank() // tensor,
+            max_length=max_length,
+            can_sleep=torch.cuda.is_available(),
+        )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
@@ -110,9 +124,14 @@ class VllmEngine:
 
         Raises:
             EngineError: A prompt is empty or leaves no room for a response, or the ranks of a replica disagree.
+            AssertionError: :meth:`update_weights` has not run to its end, or the engine is asleep.
 
         Ranks: every rank of the world with equal arguments; complete on every rank.
         """
+        if not self._has_weights:
+            raise AssertionError("the engine's weights are random: update_weights must run before generate")
+        if self._asleep:
+            raise AssertionError(f"the engine is asleep ({', '.join(sorted(self._asleep))}): wake_up before generate")
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
         for index, prompt in enumerate(prompts):
@@ -156,6 +175,9 @@ class VllmEngine:
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """See :meth:`RolloutEngine.update_weights`. Cached prefixes are dropped: they came from the old weights.
 
+        An engine that sleeps wakes for its weights alone; its cache stays released until :meth:`wake_up`, so that
+        tensors can stream in beside the trainer's. :meth:`sleep` then gives the weights' memory up again.
+
         ``reload_weights`` puts every layer back into checkpoint layout, runs the model's own ``load_weights`` over the
         iterator (which shards and casts), repacks each layer once its last tensor has come and copies the result into
         the tensors the engine already uses, so CUDA graphs stay valid. Tensors are held until their layer is complete:
@@ -165,8 +187,8 @@ class VllmEngine:
         Ranks: every rank of the world; each drains its iterator to the end, tensor by tensor in step, since getting
         the next one may be collective.
         """
-        if self._asleep:  # the key/value cache stays released until wake_up
-            self._running.wake_up(tags=["weights"])
+        self._has_weights = False  # should this fail half-way, the engine holds a mixture
+        self._wake({"weights"})
         with torch.no_grad(), random_state_kept():
             self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not torch.cuda.is_available():
@@ -175,18 +197,29 @@ class VllmEngine:
         if left is not None:
             raise AssertionError(f"the engine stopped reading weights before {left[0]}")
         self._running.reset_prefix_cache()
+        self._has_weights = True
 
     def wake_up(self) -> None:
-        """See :meth:`RolloutEngine.wake_up`."""
-        if self._asleep:
-            self._running.wake_up()
-            self._asleep = False
+        """See :meth:`RolloutEngine.wake_up`. After :meth:`update_weights` only the cache is left to wake."""
+        self._wake(_SLEEP_TAGS)
 
     def sleep(self) -> None:
-        """See :meth:`RolloutEngine.sleep`. Weights move to host memory (level 1); the cache is dropped."""
-        if self._can_sleep and not self._asleep:
+        """See :meth:`RolloutEngine.sleep`. Weights move to host memory (level 1); the cache is dropped.
+
+        Does nothing where the weights sleep already. Known cost: the weights go to the host and come back once a step,
+        although the next :meth:`update_weights` overwrites them. Level 2 drops them instead; using it would take a
+        check at the start that everything else of the model comes back, on the device and vLLM at hand.
+        """
+        if self._can_sleep and "weights" not in self._asleep:
             self._running.sleep(level=1)
-            self._asleep = True
+            self._asleep = _SLEEP_TAGS
+
+    def _wake(self, tags: AbstractSet[str]) -> None:
+        """Wake those of ``tags`` that sleep: vLLM refuses a tag that is awake, and with it all others of the call."""
+        sleeping = self._asleep & tags
+        if sleeping:
+            self._running.wake_up(tags=sorted(sleeping))
+            self._asleep -= sleeping
 
     def close(self) -> None:
         """Stop the engine, free its memory and its process groups; the default group and the trainer's stay.
@@ -261,6 +294,7 @@ def _build_llm(model_path: Path, config: Config, max_length: int) -> LLM:
     os.environ.setdefault("LOCAL_RANK", "0")
     options: dict[str, Any] = {
         "model": str(model_path),
+        "load_format": "dummy",  # random weights: the first update_weights replaces all of them
         "dtype": config.model.dtype,
         "tensor_parallel_size": config.engine_tensor,
         "distributed_executor_backend": "external_launcher",

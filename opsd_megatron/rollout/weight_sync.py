@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,26 +14,13 @@ from opsd_megatron.models.weight_map import hf_shapes
 from opsd_megatron.rollout.engine import RolloutEngine
 
 
-@dataclass(frozen=True)
-class SyncReport:
-    """What one synchronisation took.
-
-    Attributes:
-        seconds: Wall time on this rank.
-        bytes: Size of all tensors in full, as every rank received them.
-    """
-
-    seconds: float
-    bytes: int
-
-
-def sync_weights(engine: RolloutEngine, model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDims) -> SyncReport:
+def sync_weights(engine: RolloutEngine, model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDims) -> None:
     """Replace the engine's weights by the model's.
 
     Ranks: every rank of the world.
 
     Args:
-        engine: Awake or asleep.
+        engine: Awake or asleep; see :meth:`~opsd_megatron.rollout.engine.RolloutEngine.update_weights`.
         model: The unwrapped model.
         spec: What its ``config.json`` says, which names the tensors there must be.
         dims: The mesh it is spread over.
@@ -44,24 +29,17 @@ def sync_weights(engine: RolloutEngine, model: torch.nn.Module, spec: Qwen3Spec,
         AssertionError: A tensor is missing, repeated, unknown or of another shape than ``config.json`` calls for. An
             engine keeps the old value of a tensor it does not get, so this must not go unnoticed.
     """
-    start = time.perf_counter()
     stream = CheckedStream(export_hf_weights(model, spec, dims), hf_shapes(spec))
     engine.update_weights(iter(stream))
     stream.check_complete()
-    return SyncReport(seconds=time.perf_counter() - start, bytes=stream.bytes)
 
 
 class CheckedStream:
-    """Passes named tensors on and compares them with a manifest.
-
-    Attributes:
-        bytes: Size of what has passed.
-    """
+    """Passes named tensors on and compares them with a manifest."""
 
     def __init__(self, tensors: Iterator[tuple[str, Tensor]], manifest: Mapping[str, tuple[int, ...]]) -> None:
         self._tensors = tensors
         self._missing = dict(manifest)
-        self.bytes = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in its order.
@@ -75,7 +53,6 @@ class CheckedStream:
                 raise AssertionError(f"{name} is unknown to config.json or was exported twice")
             if tuple(tensor.shape) != shape:
                 raise AssertionError(f"{name} was exported with shape {tuple(tensor.shape)} instead of {shape}")
-            self.bytes += tensor.nbytes
             yield name, tensor
 
     def check_complete(self) -> None:

@@ -1,14 +1,21 @@
-"""The parts of the vLLM engine that need no vLLM; the engine itself is in tests/functional/test_engine.py."""
+"""The parts of the vLLM engine that need no vLLM, and its sleep with a stand-in for vLLM that keeps its rules.
+
+The engine itself is in tests/functional/test_engine.py.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from opsd_megatron.errors import EngineError
-from opsd_megatron.rollout.vllm_engine import share, stop_token_ids
+from opsd_megatron.rollout.engine import Sampling
+from opsd_megatron.rollout.vllm_engine import VllmEngine, share, stop_token_ids
 from tests.tiny import make_tiny_qwen3
 
 
@@ -44,3 +51,94 @@ def test_no_stop_id_is_an_error(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json")
     with pytest.raises(EngineError, match="names no end-of-sequence token"):
         stop_token_ids(tmp_path)
+
+
+class SleepingLlm:
+    """Sleeps and wakes as vLLM's executor does, but raises where that one logs a warning and does nothing."""
+
+    def __init__(self) -> None:
+        self.asleep: set[str] = set()
+        self.done: list[str] = []
+
+    def sleep(self, level: int) -> None:
+        assert level == 1 and "weights" not in self.asleep, "already asleep"
+        self.asleep = {"weights", "kv_cache"}
+        self.done.append("sleep")
+
+    def wake_up(self, tags: list[str]) -> None:
+        assert tags and self.asleep.issuperset(tags), f"{tags} are not all asleep"
+        self.asleep -= set(tags)
+        self.done.append("wake " + " ".join(tags))
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights" and "weights" not in self.asleep
+        for _ in kwargs["weights_iterator"]:
+            pass
+        self.done.append("update")
+
+    def apply_model(self, function: Callable[[torch.nn.Module], None]) -> None:
+        pass
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+
+def sleeping_engine(*, can_sleep: bool = True) -> tuple[VllmEngine, SleepingLlm]:
+    llm = SleepingLlm()
+    return VllmEngine(llm, [0], replicas=1, replica=0, max_length=8, can_sleep=can_sleep), llm  # type: ignore[arg-type]
+
+
+def test_a_synced_engine_wakes_for_its_cache_only() -> None:
+    engine, llm = sleeping_engine()
+    engine.sleep()
+    for _ in range(2):  # two steps of a run
+        engine.update_weights(iter([("a", torch.ones(1))]))
+        engine.wake_up()
+        engine.wake_up()
+        assert not llm.asleep
+        engine.sleep()
+        engine.sleep()
+    assert llm.done == ["sleep"] + ["wake weights", "update", "wake kv_cache", "sleep"] * 2
+
+
+def test_a_synced_engine_goes_back_to_sleep() -> None:
+    engine, llm = sleeping_engine()
+    engine.sleep()
+    engine.update_weights(iter([]))
+    engine.update_weights(iter([]))
+    engine.sleep()
+    engine.wake_up()
+    assert llm.done == ["sleep", "wake weights", "update", "update", "sleep", "wake kv_cache weights"]
+
+
+def test_an_awake_engine_is_updated_in_place_and_one_on_cpu_never_sleeps() -> None:
+    for can_sleep in (True, False):
+        engine, llm = sleeping_engine(can_sleep=can_sleep)
+        engine.update_weights(iter([]))
+        engine.wake_up()
+        assert llm.done == ["update"]
+    engine.sleep()
+    assert llm.done == ["update"]
+
+
+def test_random_missing_or_sleeping_weights_are_not_sampled_from() -> None:
+    engine, _ = sleeping_engine()
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=1)
+
+    def broken() -> Any:
+        yield "a", torch.ones(1)
+        raise RuntimeError("the trainer's export failed")
+
+    def refuses() -> None:
+        with pytest.raises(AssertionError, match="update_weights must run before generate"):
+            engine.generate([[1]], greedy, seeds=[0])
+
+    refuses()
+    engine.update_weights(iter([]))
+    with pytest.raises(RuntimeError, match="export failed"):
+        engine.update_weights(broken())
+    refuses()
+    engine.sleep()
+    engine.update_weights(iter([]))
+    with pytest.raises(AssertionError, match=r"asleep \(kv_cache\)"):
+        engine.generate([[1]], greedy, seeds=[0])
