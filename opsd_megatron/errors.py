@@ -29,3 +29,11 @@ class CheckpointError(OpsdError):
 
 class EngineError(OpsdError):
     """The rollout engine cannot start, or no longer agrees with the trainer."""
+
+
+class TrainingError(OpsdError):
+    """Training cannot go on: the loss or a gradient is not finite."""
+
+
+class OutputError(OpsdError):
+    """A file of a run's output cannot be written, for instance because the disk is full."""

@@ -4,25 +4,49 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from opsd_megatron.errors import OutputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes ``path``: what the file system refuses becomes an error with a remedy.
+
+    Raises:
+        OutputError: The block raised an ``OSError``; names ``path`` and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; check the free space and the permissions there, or write "
+            "to another directory"
+        ) from error
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write ``lines`` (each with its newline) to ``path``: readers see the old content or all of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``lines`` (each with its newline) to ``path``: readers see the old content or all of the new one.
+
+    Raises:
+        OutputError: It cannot be written; the old content is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Bytes that are no text, read with the same error handler, come out as they were.
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Bytes that are no text, read with the same error handler, come out as they were.
+            with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_to_disk(path.parent)
 
 
 def replaced_name(path: Path) -> Path:
@@ -37,14 +61,19 @@ def replaced_name(path: Path) -> Path:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename ``path``, where it exists, to its :func:`replaced_name`, and return that."""
+    """Rename ``path``, where it exists, to its :func:`replaced_name`, and return that.
+
+    Raises:
+        OutputError: It cannot be renamed.
+    """
     if not path.exists():
         return None
-    return path.rename(replaced_name(path))
+    with writing(path):
+        return path.rename(replaced_name(path))
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames and new names in the directory ``path`` survive a power cut."""
+def sync_to_disk(path: Path) -> None:
+    """Make a file's content, or the renames and new names in a directory, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,9 @@
 
 JSON has no NaN and no infinities. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``: every
 line is then valid JSON, the difference between them is kept (a null would lose it), and ``float()`` reads them back.
+``"NaN"`` also stands for a figure whose inputs are unknown: ``log_prob_gap`` where scripted responses come without
+log-probs. A figure that a run does not have at all has no key: no ``eval`` in a step without an evaluation, no
+``device_used_gib`` without a GPU. A reader should therefore take values with ``record.get(key)``.
 """
 
 from __future__ import annotations
@@ -11,10 +14,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from opsd_megatron.telemetry.files import replaced_name, sync_directory, write_atomically
+from opsd_megatron.telemetry.files import replaced_name, sync_to_disk, write_atomically, writing
 
 
 def to_json_line(record: Mapping[str, Any]) -> str:
@@ -53,33 +55,40 @@ class MetricsWriter:
         Lines of later steps, which a resumed run writes anew, and lines that cannot be read, such as one cut off by a
         crash, are moved to ``<name>.replaced-<UTC time>`` beside the file. With 0 no line is kept: such a run starts
         over, step 0 (the evaluation before the first step) included.
+
+        Raises:
+            OutputError: The file cannot be opened or rewritten.
         """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            _keep_until(self.path, resume_step if resume_step > 0 else -1)
-        self._file = self.path.open("a", encoding="utf-8")
-        sync_directory(self.path.parent)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                _keep_until(self.path, resume_step if resume_step > 0 else -1)
+            self._file = self.path.open("a", encoding="utf-8")
+            sync_to_disk(self.path.parent)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append ``record``, which must hold an integer ``step``, as one line."""
+        """Append ``record``, which must hold an integer ``step``, as one line.
+
+        Raises:
+            OutputError: It cannot be written; a part of the line may have been, which a resumed run moves aside.
+        """
         if not isinstance(record["step"], int):
             raise TypeError(f"step must be an int, got {record['step']!r}")
-        self._file.write(to_json_line(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = to_json_line(record)
+        with writing(self.path):
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file.
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+        Raises:
+            OutputError: A line that could not be written still cannot.
+        """
+        with writing(self.path):
+            self._file.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

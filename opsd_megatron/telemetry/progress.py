@@ -18,22 +18,21 @@ class Progress:
     Ranks: rank 0 only.
     """
 
-    def __init__(self, total: int, *, initial: int = 0, label: str = "step", stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, *, initial: int = 0, stream: TextIO | None = None) -> None:
         """Start at ``initial`` of ``total`` steps.
 
         Args:
             total: Steps of the whole run.
             initial: Steps done before, by the run this one resumes.
-            label: What a step is called.
             stream: Where to show it; standard error by default, so that standard output stays clean.
         """
-        self._total, self._initial, self._label = total, initial, label
+        self._total, self._initial = total, initial
         self._stream = sys.stderr if stream is None else stream
         self._started = time.monotonic()
         self._printed = -_SECONDS_BETWEEN_LINES
         self._bar: tqdm[None] | None = None
         if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=initial, desc=label, file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=initial, desc="step", file=self._stream, dynamic_ncols=True)
 
     def update(self, step: int, summary: str = "") -> None:
         """Show that ``step`` steps are done; ``summary`` is a few words on the last one."""
@@ -44,7 +43,7 @@ class Progress:
         now = time.monotonic()
         if step == self._total or now - self._printed >= _SECONDS_BETWEEN_LINES:
             self._printed = now
-            self._print(f"{self._label} {step}/{self._total} {summary}".rstrip() + f" ({self._time_left(step)} left)")
+            self._print(f"step {step}/{self._total} {summary}".rstrip() + f" ({self._time_left(step)} left)")
 
     def message(self, text: str) -> None:
         """Show a line of its own, above the bar where there is one."""

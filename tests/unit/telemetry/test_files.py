@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from opsd_megatron.errors import OutputError
 from opsd_megatron.telemetry import files
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 
@@ -29,6 +33,33 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
         write_atomically(path, failing())
     assert path.read_text() == "old\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    write_atomically(path, ["old\n"])
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OutputError, match=rf"^cannot write {path}: No space left on device; check the free space"):
+        write_atomically(path, ["new\n"])
+    assert path.read_text() == "old\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*/file/new\.txt: File exists"):
+        write_atomically(tmp_path / "file" / "new.txt", ["a\n"])
+
+
+def test_a_file_that_cannot_be_set_aside_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file.txt").touch()
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(OutputError, match=r"file\.txt: No space left"):
+        set_aside(tmp_path / "file.txt")
 
 
 def test_set_aside_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

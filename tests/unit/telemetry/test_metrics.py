@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from opsd_megatron.errors import OutputError
 from opsd_megatron.telemetry.metrics import MetricsWriter, to_json_line
 
 
@@ -23,7 +25,7 @@ def replaced(path: Path) -> list[Path]:
 
 
 def write_steps(path: Path, numbers: range, resume_step: int = 0) -> None:
-    with MetricsWriter(path, resume_step=resume_step) as writer:
+    with closing(MetricsWriter(path, resume_step=resume_step)) as writer:
         for number in numbers:
             writer.write({"step": number})
 
@@ -59,7 +61,7 @@ def test_scalars_of_other_libraries(value: Any, expected: Any) -> None:
 
 def test_what_has_no_place_in_json_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         with pytest.raises(TypeError):
             writer.write({"step": 1, "value": object()})
         with pytest.raises(TypeError, match="step must be an int"):
@@ -81,7 +83,7 @@ def test_each_line_is_on_disk_when_write_returns(tmp_path: Path, monkeypatch: py
             on_disk.append(path.read_text())
 
     monkeypatch.setattr(os, "fsync", spy)
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         writer.write({"step": 1})
         writer.write({"step": 2})
     assert on_disk == ['{"step": 1}\n', '{"step": 1}\n{"step": 2}\n']
@@ -136,7 +138,24 @@ def test_a_crash_while_moving_lines_loses_none(tmp_path: Path, monkeypatch: pyte
         return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", crash_on_the_file_itself)
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(OutputError, match="power cut"):
         MetricsWriter(path, resume_step=2)
     assert steps(path) == [1, 2, 3, 4]
     assert steps(replaced(path)[0]) == [3, 4]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    full = Path("/dev/full")  # every write fails with ENOSPC
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.close()
+    writer._file = full.open("a", encoding="utf-8")
+    with pytest.raises(OutputError, match=rf"^cannot write {writer.path}: No space left on device; check the free"):
+        writer.write({"step": 1})
+    with pytest.raises(OutputError, match="No space left"):
+        writer.close()
+
+
+def test_a_metrics_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: Is a directory"):
+        MetricsWriter(tmp_path / "metrics.jsonl")

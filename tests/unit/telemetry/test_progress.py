@@ -30,8 +30,8 @@ def test_plain_lines_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_step_done_yet_has_no_estimate() -> None:
     stream = io.StringIO()
-    Progress(10, initial=4, label="problem", stream=stream).update(4)
-    assert stream.getvalue() == "problem 4/10 (unknown time left)\n"
+    Progress(10, initial=4, stream=stream).update(4)
+    assert stream.getvalue() == "step 4/10 (unknown time left)\n"
 
 
 def test_a_bar_on_a_terminal() -> None:
