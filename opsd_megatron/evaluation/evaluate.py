@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ from opsd_megatron.rollout.engine import RolloutEngine, Sampling
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.telemetry.metrics import to_json_line
 from opsd_megatron.types import Generation, Problem
+
+# Keeps the seeds of evaluation apart from those of rollouts, which have another number in this place.
+_SEEDS = 1
 
 
 class StudentPrompts(Protocol):
@@ -114,7 +117,7 @@ class Evaluator:
         problems: Held-out problems, each with an answer.
         prompts: Renders the student's prompt.
         tokenizer: Decodes responses for judging.
-        config: ``evaluation`` of the run.
+        config: ``evaluation`` of the run; ``max_problems`` has been applied to ``problems``.
         sampling: How responses are drawn.
         seed: Seeds sampling and bootstrap.
         records_dir: Where each evaluation leaves ``step_N.jsonl``; ``None`` to keep no samples.
@@ -127,9 +130,6 @@ class Evaluator:
     sampling: Sampling
     seed: int
     records_dir: Path | None = None
-
-    def __post_init__(self) -> None:
-        check_answers(self.problems)
 
     def evaluate(self, engine: RolloutEngine, step: int) -> EvaluationResult:
         """Evaluate after ``step`` optimizer steps; ``engine`` is awake and holds the weights of that step.
@@ -190,10 +190,10 @@ def evaluate(
 
     Args:
         engine: Awake, with the weights to evaluate.
-        problems: Problems with answers; the first ``config.max_problems`` are used.
+        problems: Problems with answers; all are used.
         prompts: Renders the student's prompt.
         tokenizer: Decodes responses, for judging only.
-        config: Samples per problem, problems used, time limit of judging.
+        config: Samples per problem and time limit of judging are used.
         sampling: How responses are drawn.
         seed: Seeds sampling and bootstrap. A sample's seed depends on it, on the problem's place and on the sample's
             number only, so two models evaluated with one seed are a paired comparison.
@@ -201,22 +201,24 @@ def evaluate(
 
     Raises:
         DataError: There is no problem, or one has no answer.
+        OutputError: ``records_path`` cannot be written. Like every error of rank 0 it is raised on all ranks.
     """
-    problems = problems[: config.max_problems]
     check_answers(problems)
     k = config.samples_per_problem
     repeated = [prompt for problem in problems for prompt in [tuple(prompts.student(problem))] * k]
     seeds = [drawn for place in range(len(problems)) for drawn in _sample_seeds(seed, place, k)]
     generations = engine.generate(repeated, sampling, seeds=seeds)
-    verdicts = _judge_on_rank_0(problems, generations, tokenizer, k=k, seconds=config.judge_seconds)
-    records = tuple(
-        ProblemRecord(problem, tuple(generations[first : first + k]), tuple(verdicts[first : first + k]))
-        for first, problem in zip(range(0, len(generations), k), problems, strict=True)
-    )
-    if records_path is not None and _rank() == 0:
-        set_aside(records_path)
-        write_atomically(records_path, _record_lines(records, tokenizer))
-    return summarize(records, seed=seed)
+
+    def judge() -> list[Verdict]:
+        responses = [_text(tokenizer, generation) for generation in generations]
+        answers = [problem.answer or "" for problem in problems for _ in range(k)]
+        verdicts = judge_answers(responses, answers, seconds=config.judge_seconds)
+        if records_path is not None:
+            set_aside(records_path)
+            write_atomically(records_path, _record_lines(_records(problems, generations, verdicts), tokenizer))
+        return verdicts
+
+    return summarize(_records(problems, generations, _on_rank_0(judge)), seed=seed)
 
 
 def summarize(records: Sequence[ProblemRecord], *, seed: int) -> EvaluationResult:
@@ -248,27 +250,34 @@ def _share(flags: Sequence[bool]) -> float:
 
 def _sample_seeds(seed: int, place: int, k: int) -> list[int]:
     # Below 2^31, which every engine takes. Spawned per problem, so that fewer problems keep their samples.
-    return [int(word) for word in np.random.SeedSequence([seed, place]).generate_state(k) % 2**31]
+    return [int(word) for word in np.random.SeedSequence([seed, _SEEDS, place]).generate_state(k) % 2**31]
 
 
-def _judge_on_rank_0(
-    problems: Sequence[Problem], generations: Sequence[Generation], tokenizer: Decoder, *, k: int, seconds: float
-) -> list[Verdict]:
-    """Every sample's verdict, on every rank. An error of rank 0 is raised on all, so that none waits for the others."""
-    verdicts: list[Verdict] = []
+def _on_rank_0(action: Callable[[], list[Verdict]]) -> list[Verdict]:
+    """What ``action`` returns on rank 0, on every rank; its error is raised on all, so that none waits for others."""
+    result: list[Verdict] = []
     failure: Exception | None = None
-    if _rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            responses = [_text(tokenizer, generation) for generation in generations]
-            answers = [problem.answer or "" for problem in problems for _ in range(k)]
-            verdicts = judge_answers(responses, answers, seconds=seconds)
+            result = action()
         except Exception as error:
             failure = error
     if dist.is_initialized():
-        verdicts, failure = broadcast_object((verdicts, failure))
+        result, failure = broadcast_object((result, failure))
     if failure is not None:
         raise failure
-    return verdicts
+    return result
+
+
+def _records(
+    problems: Sequence[Problem], generations: Sequence[Generation], verdicts: Sequence[Verdict]
+) -> tuple[ProblemRecord, ...]:
+    """Samples and verdicts, ``[problems * k]`` in the order of ``problems``, put together by problem."""
+    k = len(generations) // len(problems)
+    return tuple(
+        ProblemRecord(problem, tuple(generations[first : first + k]), tuple(verdicts[first : first + k]))
+        for first, problem in zip(range(0, len(generations), k), problems, strict=True)
+    )
 
 
 def _record_lines(records: Sequence[ProblemRecord], tokenizer: Decoder) -> Iterator[str]:
@@ -289,7 +298,3 @@ def _record_lines(records: Sequence[ProblemRecord], tokenizer: Decoder) -> Itera
 
 def _text(tokenizer: Decoder, generation: Generation) -> str:
     return tokenizer.decode(list(generation.token_ids), skip_special_tokens=True)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

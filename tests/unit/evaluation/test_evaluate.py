@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from torch import Tensor
 
 from opsd_megatron.config import Config, EvaluationConfig
-from opsd_megatron.errors import DataError
+from opsd_megatron.errors import DataError, OutputError
 from opsd_megatron.evaluation import evaluate as evaluate_module
 from opsd_megatron.evaluation.answers import Verdict
 from opsd_megatron.evaluation.evaluate import (
@@ -131,11 +132,13 @@ def test_each_prompt_is_repeated_with_seeds_of_its_own(monkeypatch: pytest.Monke
     assert sampling == SAMPLING
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**31 for seed in seeds)
 
-    config.max_problems = 2
-    evaluate(engine, PROBLEMS, Prompts(), Characters(), config, sampling=SAMPLING, seed=5)
-    evaluate(engine, PROBLEMS, Prompts(), Characters(), config, sampling=SAMPLING, seed=6)
+    evaluate(engine, PROBLEMS[:2], Prompts(), Characters(), config, sampling=SAMPLING, seed=5)
+    evaluate(engine, PROBLEMS[:2], Prompts(), Characters(), config, sampling=SAMPLING, seed=6)
     assert engine.calls[1][2] == seeds[:4]  # fewer problems keep their samples
     assert not set(engine.calls[2][2]) & set(seeds)
+    # Rollouts are drawn with [seed, 0, step].
+    rollouts = [np.random.SeedSequence([5, 0, step]).generate_state(2) % 2**31 for step in range(4)]
+    assert not {int(word) for drawn in rollouts for word in drawn} & set(seeds)
 
 
 def test_records_are_written_and_earlier_ones_kept(tmp_path: Path) -> None:
@@ -188,7 +191,7 @@ def test_a_problem_without_answer_is_named_early(answer: str | None) -> None:
     with pytest.raises(DataError, match=r"held_out\.jsonl:7 \(and 1 more\): no answer.*data\.answer_column"):
         check_answers([problem(1), bad, bad])
     with pytest.raises(DataError, match=r"held_out\.jsonl:7: no answer"):
-        Evaluator([bad], Prompts(), Characters(), EvaluationConfig(), SAMPLING, seed=0)
+        run([], [bad])  # before anything is sampled
 
 
 def test_no_problem_is_an_error() -> None:
@@ -241,6 +244,20 @@ def _fail_on_rank_0() -> str:
     except DataError as error:
         return str(error)
     return "no error"
+
+
+def _write_below_a_file(path: Path) -> str:
+    try:
+        run(TEXTS, PROBLEMS, path / "step_1.jsonl")
+    except OutputError as error:
+        return str(error)
+    return "no error"
+
+
+def test_records_that_cannot_be_written_are_an_error_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "evaluations").touch()
+    first, second = run_distributed(_write_below_a_file, 2, tmp_path / "evaluations", timeout=60.0)
+    assert first == second and first.startswith(f"cannot write {tmp_path}/evaluations/step_1.jsonl: ")
 
 
 def test_an_error_of_rank_0_reaches_every_rank() -> None:
