@@ -12,9 +12,12 @@ from torch import Tensor
 
 from opsd_megatron.losses.shard import VocabShard
 
-# Logits of one chunk and side, counted in elements (128 MiB in float32). Large enough that the matrix products run at
+# Logits of one chunk and side, counted in elements (96 MiB in float32). Large enough that the matrix products run at
 # full speed and that the head weight's gradient is not read and written too often.
-_CHUNK_ELEMENTS = 1 << 25
+_CHUNK_ELEMENTS = 3 << 23
+# On one CPU rank the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen
+# elementwise steps then stay in the cache and never exist for a whole chunk.
+_BLOCK_ELEMENTS = 1 << 18
 
 
 class Head:
@@ -76,6 +79,11 @@ class HeadGradients:
         """The head these are gradients of."""
         return self._head
 
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient is asked for."""
+        return self._hidden is not None or self._weight is not None
+
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         """Take in the logit gradient of one chunk, ``[r, columns]``."""
         if self._hidden is not None:
@@ -103,6 +111,18 @@ def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None) -> Iter
     step = max(1, _CHUNK_ELEMENTS // shard.width) if chunk_rows is None else chunk_rows
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def row_blocks(rows: slice, shard: VocabShard) -> Iterator[slice]:
+    """Slices that cover a chunk's ``rows``, each to be evaluated on its own; the same on every rank.
+
+    Across ranks every block would cost its own collectives, so there a chunk is one block.
+    """
+    whole = rows.stop - rows.start
+    on_cpu = not torch.cuda.is_available()
+    step = max(1, _BLOCK_ELEMENTS // shard.width) if on_cpu and shard.group is None else whole
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, chunk_rows: int | None) -> None:

@@ -1,11 +1,12 @@
 """The divergence from hidden states: head product, divergence and gradient a few rows at a time.
 
 One float32 logit row of a 152k vocabulary is 0.58 MiB; a chunk of them is the most that ever exists, on either side.
-Backward computes a chunk's logits again, which makes it exact for any upstream gradient of the rows.
+Gradients are formed in the same pass: four products of the head's size in all, two for logits and two for gradients.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd_megatron.losses.divergences import ClipMode, DivergenceSpec
-from opsd_megatron.losses.head import Head, HeadGradients, check_head, row_chunks
+from opsd_megatron.losses.head import Head, HeadGradients, check_head, row_blocks, row_chunks
 from opsd_megatron.losses.rows import Diagnostics, RowResults, evaluate_rows, logit_gradient
 from opsd_megatron.losses.shard import VocabShard, check_rows, check_targets
 
@@ -32,6 +33,7 @@ def linear_divergence(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Divergence of the student's next-token distribution from the teacher's, per row, without the logits in memory.
 
@@ -48,7 +50,10 @@ def linear_divergence(
         clip_mode: Where the clip acts, see :mod:`opsd_megatron.losses.divergences`.
         tp_group: Ranks that hold the vocabulary's shards, in order; ``None`` where this rank holds all of it.
         vocab_size: Vocabulary entries without padding; later head rows are ignored and get a zero gradient.
-        chunk_rows: Rows whose logits exist at a time, equal on all ranks; ``None``: 128 MiB worth of them a side.
+        chunk_rows: Rows whose logits exist at a time, equal on all ranks; ``None``: as many as keep the matrix products
+            at full speed (``losses.head``).
+        row_weights: Constant factor of each row's loss, ``[R]``; ``None`` for 1. Weighting here instead of weighting
+            the result keeps the upstream gradient of a sum equal in all rows, which saves computing the logits again.
 
     Returns:
         Loss of each row in nats, ``[R]`` float32 (float64 for float64 inputs), equal on all ranks.
@@ -72,6 +77,7 @@ def linear_divergence(
         tp_group=tp_group,
         vocab_size=vocab_size,
         chunk_rows=chunk_rows,
+        row_weights=row_weights,
     )[0]
 
 
@@ -88,6 +94,7 @@ def linear_divergence_with_diagnostics(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    row_weights: Tensor | None = None,
     target_ids: Tensor | None = None,
 ) -> tuple[Tensor, Diagnostics]:
     """:func:`linear_divergence` together with what its forward pass sees on the way.
@@ -110,14 +117,31 @@ def linear_divergence_with_diagnostics(
     shard = VocabShard.of(student_weight.shape[0], vocab_size, tp_group)
     if target_ids is not None:
         check_targets(target_ids, student_hidden.shape[0], shard)
+    if row_weights is not None and row_weights.shape != student_hidden.shape[:1]:
+        raise ValueError(f"row_weights must be [{student_hidden.shape[0]}], not {tuple(row_weights.shape)}")
+    task = _Task(spec, shard, chunk_rows, target_ids, row_weights)
     loss, block = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-        student_hidden, student_weight, teacher_hidden, teacher_weight, target_ids, spec, shard, chunk_rows
+        student_hidden, student_weight, teacher_hidden, teacher_weight, task
     )
     return loss, Diagnostics.from_block(block)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a call asks for beside its four tensors."""
+
+    spec: DivergenceSpec
+    shard: VocabShard
+    chunk_rows: int | None
+    target_ids: Tensor | None
+    row_weights: Tensor | None
+
+
 class _LinearDivergence(torch.autograd.Function):
-    """Keeps its inputs and six numbers a row."""
+    """Forms the gradients in forward, where the logits are at hand, for an upstream gradient of 1 in every row.
+
+    Backward scales them. Only an upstream gradient that differs between rows costs another pass over the chunks.
+    """
 
     @staticmethod
     def forward(
@@ -126,45 +150,72 @@ class _LinearDivergence(torch.autograd.Function):
         student_weight: Tensor,
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
-        target_ids: Tensor | None,
-        spec: DivergenceSpec,
-        shard: VocabShard,
-        chunk_rows: int | None,
+        task: _Task,
     ) -> tuple[Tensor, Tensor]:
-        student_head, teacher_head = Head(student_weight, shard), Head(teacher_weight, shard)
-        chunks: list[RowResults] = []
-        for rows in row_chunks(student_hidden.shape[0], shard, chunk_rows):
-            chunks.append(
-                evaluate_rows(
-                    student_head.logits(student_hidden[rows]),
-                    teacher_head.logits(teacher_hidden[rows]),
-                    spec,
-                    shard,
-                    None if target_ids is None else target_ids[rows],
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        gradients = HeadGradients(
+            student_hidden, student_weight, task.shard, for_hidden=for_hidden, for_weight=for_weight
+        )
+        teacher_head = Head(teacher_weight, task.shard)
+        blocks: list[RowResults] = []
+        for rows in row_chunks(student_hidden.shape[0], task.shard, task.chunk_rows):
+            student_logits = gradients.head.logits(student_hidden[rows])
+            teacher_logits = teacher_head.logits(teacher_hidden[rows])
+            for block in row_blocks(rows, task.shard):
+                local = slice(block.start - rows.start, block.stop - rows.start)
+                blocks.append(
+                    evaluate_rows(
+                        student_logits[local],
+                        teacher_logits[local],
+                        task.spec,
+                        task.shard,
+                        None if task.target_ids is None else task.target_ids[block],
+                        row_weights=None if task.row_weights is None else task.row_weights[block],
+                        with_gradient=gradients.wanted,
+                    )
                 )
-            )
-        result = RowResults.concatenate(chunks, like=student_hidden, with_targets=target_ids is not None)
+            gradients.add(rows, student_logits)
+        result = RowResults.concatenate(blocks, like=student_hidden, with_targets=task.target_ids is not None)
         check_rows({"student": result.student_bad, "teacher": result.teacher_bad})
         ctx.save_for_backward(student_hidden, student_weight, teacher_hidden, teacher_weight, result.state)
-        ctx.spec, ctx.shard, ctx.chunk_rows = spec, shard, chunk_rows
+        ctx.task, ctx.gradients = task, gradients.finish()
         ctx.mark_non_differentiable(result.diagnostics)
         return result.loss, result.diagnostics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        student_hidden, student_weight, teacher_hidden, teacher_weight, state = ctx.saved_tensors
-        shard: VocabShard = ctx.shard
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        gradients = HeadGradients(student_hidden, student_weight, shard, for_hidden=for_hidden, for_weight=for_weight)
-        teacher_head = Head(teacher_weight, shard)
-        for rows in row_chunks(student_hidden.shape[0], shard, ctx.chunk_rows):
-            grad_logits = logit_gradient(
-                gradients.head.logits(student_hidden[rows]),
-                teacher_head.logits(teacher_hidden[rows]),
-                ctx.spec,
-                state[:, rows],
-                grad_loss[rows],
-            )
-            gradients.add(rows, grad_logits)
-        return *gradients.finish(), *([None] * 6)
+        # Handed out once: a second backward through a retained graph must not find them scaled.
+        formed, ctx.gradients = ctx.gradients, None
+        if formed is not None and _is_uniform(grad_loss):
+            return *(None if one is None else _scaled_(one, grad_loss) for one in formed), None, None, None
+        del formed
+        return *_gradients_again(ctx.saved_tensors, ctx.task, grad_loss, ctx.needs_input_grad), None, None, None
+
+
+def _gradients_again(
+    saved: tuple[Tensor, ...], task: _Task, grad_loss: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients for any upstream gradient, from logits computed again."""
+    student_hidden, student_weight, teacher_hidden, teacher_weight, state = saved
+    gradients = HeadGradients(student_hidden, student_weight, task.shard, for_hidden=needed[0], for_weight=needed[1])
+    teacher_head = Head(teacher_weight, task.shard)
+    for rows in row_chunks(student_hidden.shape[0], task.shard, task.chunk_rows):
+        student_logits = gradients.head.logits(student_hidden[rows])
+        teacher_logits = teacher_head.logits(teacher_hidden[rows])
+        gradients.add(rows, logit_gradient(student_logits, teacher_logits, task.spec, state[:, rows], grad_loss[rows]))
+    return gradients.finish()
+
+
+def _is_uniform(grad_loss: Tensor) -> bool:
+    """Whether all rows have one upstream gradient, as after ``loss.sum()``, whose gradient is an expanded scalar."""
+    return grad_loss.numel() <= 1 or grad_loss.stride(0) == 0 or bool((grad_loss == grad_loss[0]).all())
+
+
+def _scaled_(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """``gradient`` times the one value of ``grad_loss``, in place."""
+    if grad_loss.numel() == 0:
+        return gradient
+    if gradient.device.type == "cpu" and grad_loss[0] == 1:
+        return gradient  # the usual case: saves a pass over a tensor as large as the head
+    return gradient.mul_(grad_loss[0].to(gradient.dtype))

@@ -113,6 +113,9 @@ def evaluate_rows(
     spec: DivergenceSpec,
     shard: VocabShard,
     target_ids: Tensor | None = None,
+    *,
+    row_weights: Tensor | None = None,
+    with_gradient: bool = False,
 ) -> RowResults:
     """Losses of a block of rows. Both logit blocks are overwritten.
 
@@ -122,6 +125,8 @@ def evaluate_rows(
         spec: The divergence.
         shard: Which columns these are.
         target_ids: Vocabulary index whose log-probability the diagnostics report, ``[r]`` int64, or ``None``.
+        row_weights: Factor of each row's loss, ``[r]``; ``None`` for 1. The diagnostics are unweighted.
+        with_gradient: Leave the gradient of the summed losses with respect to the logits in ``student``.
 
     Ranks: all of ``shard.group``, with equal ``r``; results are equal on every one. Three collectives.
     """
@@ -145,6 +150,12 @@ def evaluate_rows(
         fraction = mass = above
         loss = divergence.clamp(max=spec.row_clip)
         factor = spec.row_clip / divergence.clamp(min=spec.row_clip) if spec.clip_mode == "rescale" else 1 - above
+    if row_weights is not None:
+        row_weights = row_weights.to(loss.dtype)
+        loss, factor = loss * row_weights, factor * row_weights
+    if with_gradient:
+        slope = entries.slope.sub_(entries.student_prob.mul_(slope_sum.unsqueeze(1)))
+        torch.mul(slope, (factor / spec.temperature).unsqueeze(1), out=student)
     diagnostics = torch.stack([divergence, fraction, mass, student_entropy, teacher_entropy, top1.clamp(max=1)])
     return RowResults(
         loss=loss,

@@ -73,11 +73,12 @@ class Opsd:
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
             chunk_rows=self.config.chunk_rows,
+            row_weights=batch.row_weights,
             target_ids=batch.response_ids,
         )
         student_log_prob, teacher_log_prob = diagnostics.student_log_prob, diagnostics.teacher_log_prob
         assert student_log_prob is not None and teacher_log_prob is not None, "given with target_ids"
-        loss_sum = (row_loss * batch.row_weights).sum()
+        loss_sum = row_loss.sum()
         sums = {
             "loss": loss_sum.detach(),
             "divergence": diagnostics.divergence.sum(),

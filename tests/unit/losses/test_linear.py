@@ -98,17 +98,33 @@ def _grad(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-def _divergence_differences(problem: Problem, case: Case, chunk_rows: int | None, unit: float | None) -> float:
-    """Largest difference of loss, hidden gradient and this rank's weight gradient from the reference."""
+def _divergence_differences(
+    problem: Problem, case: Case, chunk_rows: int | None, unit: float | None, *, weighted: bool
+) -> float:
+    """Largest difference of loss, hidden gradient and this rank's weight gradient from the reference.
+
+    ``weighted``: rows are weighted inside, and backward scales the gradients that forward has formed. Otherwise the
+    upstream gradient differs between rows, and backward forms them anew.
+    """
     group = world()
     leaves = problem.leaves(group)
     loss = linear_divergence(
-        *leaves, **asdict(case), tp_group=group, vocab_size=problem.vocab_size(), chunk_rows=chunk_rows
+        *leaves,
+        **asdict(case),
+        tp_group=group,
+        vocab_size=problem.vocab_size(),
+        chunk_rows=chunk_rows,
+        row_weights=4 * problem.upstream if weighted else None,
     )
-    loss.backward(problem.upstream.to(loss.dtype))
+    if weighted:
+        (loss.sum() / 4).backward()
+    else:
+        loss.backward(problem.upstream.to(loss.dtype))
     hidden, weight, student, teacher = problem.logits()
     expected = dense_divergence(student, teacher, case)
     grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    if weighted:
+        expected, loss = expected * problem.upstream, loss / 4
     return max(
         worst(loss.detach(), expected.detach(), unit),
         worst(_grad(leaves[0]), grad_hidden, unit),
@@ -145,8 +161,11 @@ def _check_mesh() -> None:
         for dtype, unit, tolerance in ((torch.float64, None, 1e-10), (torch.float32, 1.0, 1e-5)):
             problem = Problem.draw(vocab, dtype)
             for number, case in enumerate(all_cases()[:: 2 if vocab == 43 else 11]):
-                difference = _divergence_differences(problem, case, chunks[number % len(chunks)], unit)
-                assert difference < tolerance, (vocab, dtype, case, difference)
+                weighted = number % 2 == 0
+                difference = _divergence_differences(
+                    problem, case, chunks[number % len(chunks)], unit, weighted=weighted
+                )
+                assert difference < tolerance, (vocab, dtype, case, weighted, difference)
             for chunk_rows in chunks:
                 difference = _cross_entropy_differences(problem, chunk_rows)
                 assert difference < tolerance, (vocab, dtype, chunk_rows, difference)
@@ -159,7 +178,7 @@ def _check_mesh() -> None:
 
 
 def _check_collectives() -> None:
-    """Three a chunk forward, two of them all-reduces; one all-reduce backward. Cross-entropy: two a chunk and one."""
+    """Three a chunk, two of them all-reduces, and one all-reduce in all. Cross-entropy: two a chunk and one in all."""
     group = world()
     problem = Problem.draw(WIDTH, torch.float32)
     several = int(group is not None)
@@ -327,10 +346,13 @@ def test_gradcheck(beta: float) -> None:
     chunk_rows=st.one_of(st.none(), st.integers(1, 8)),
     seed=st.integers(0, 1000),
     case=st.sampled_from(all_cases()),
+    weighted=st.booleans(),
 )
-def test_any_shape(rows: int, vocab: int, padding: int, chunk_rows: int | None, seed: int, case: Case) -> None:
+def test_any_shape(
+    rows: int, vocab: int, padding: int, chunk_rows: int | None, seed: int, case: Case, weighted: bool
+) -> None:
     problem = Problem.draw(vocab, torch.float64, rows=rows, seed=seed, padding=padding)
-    assert _divergence_differences(problem, case, chunk_rows, 1.0) < 1e-12
+    assert _divergence_differences(problem, case, chunk_rows, 1.0, weighted=weighted) < 1e-12
     assert _cross_entropy_differences(problem, chunk_rows) < 1e-12
 
 
@@ -347,6 +369,23 @@ class _LargestTensor(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor._base is None:
                 self.elements = max(self.elements, tensor.numel())
         return result
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_backward_twice_through_one_graph(uniform: bool) -> None:
+    """Scaling the formed gradients in place must not show in a second backward."""
+    problem = Problem.draw(43, torch.float64)
+    leaves = problem.leaves(None)
+    loss = linear_divergence(*leaves, beta=0.5, vocab_size=43, chunk_rows=3)
+    upstream = torch.full_like(loss, 3.0) if uniform else problem.upstream
+    first = torch.autograd.grad(loss, leaves[:2], upstream, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves[:2], upstream, retain_graph=True)
+    once = torch.autograd.grad(loss, leaves[:2], torch.ones_like(loss))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    if uniform:
+        for one, other in zip(first, once, strict=True):
+            torch.testing.assert_close(one, 3 * other, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("case", [Case(0.0, 0.7, 0.05, "bregman"), Case(0.5, 1.0, 0.05), Case(1.0, 1.1, 0.05, "token")])
