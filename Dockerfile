@@ -6,7 +6,8 @@
 #   docker build -t opsd_megatron --build-arg TRANSFORMER_ENGINE= .        # without Transformer Engine
 #   docker run --gpus all --ipc host --ulimit memlock=-1 -v "$PWD/runs:/runs" opsd_megatron ...
 #
-# `make test` checks that every requirement named here exists on PyPI for Python 3.12; no image has been built by it.
+# `make test` lets pip resolve what is named here for Python 3.12, all wheels in one call, each without its dependencies;
+# no image has been built by it.
 ARG BASE=nvcr.io/nvidia/vllm:26.10-py3
 FROM ${BASE}
 

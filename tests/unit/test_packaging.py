@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -10,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -144,37 +144,69 @@ def test_dockerfile_leaves_apex_to_nvidias_source() -> None:
     assert '"git+https://github.com/NVIDIA/apex@' in apex
 
 
-def index_versions(name: str, *, wheels_only: bool = True) -> set[str]:
-    """The versions of ``name`` on the package index for Python 3.12, or an empty set.
+def run_pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Pip for the container's Python, 3.12; it gives up soon where the index does not answer."""
+    command = [sys.executable, "-m", "pip", *arguments, "--python-version", "3.12"]
+    environment = {**os.environ, "PIP_RETRIES": "1", "PIP_TIMEOUT": "20", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    This reads the index alone; ``pip install --dry-run`` would download every wheel, some of hundreds of megabytes.
-    """
-    command = [sys.executable, "-m", "pip", "index", "versions", name, "--python-version", "3.12"]
-    command += ["--only-binary=:all:"] if wheels_only else []
-    environment = {**os.environ, "PIP_RETRIES": "1", "PIP_TIMEOUT": "20"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    listed = re.search(r"^Available versions: (.*)$", result.stdout, re.MULTILINE)
+
+def index_versions(name: str) -> set[str]:
+    """The versions of ``name`` on the package index, as wheel or source, or an empty set."""
+    listed = re.search(r"^Available versions: (.*)$", run_pip("index", "versions", name).stdout, re.MULTILINE)
     return set(listed[1].split(", ")) if listed else set()
 
 
-@pytest.mark.network
-def test_dockerfile_requirements_resolve() -> None:
+@pytest.fixture(scope="module")
+def engine() -> Requirement:
+    """The Dockerfile's Transformer Engine. Its extras are distributions of their own and of the same version."""
+    (pinned,) = [requirement for requirement in dockerfile_requirements() if requirement.name == "transformer-engine"]
+    return pinned
+
+
+@pytest.fixture(scope="module")
+def container_wheels(engine: Requirement, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What pip would install of the Dockerfile's requirements in one call, as it describes each wheel.
+
+    ``--no-deps``: their own dependencies are the base image's, or wheels that its Python resolves during the build.
+    """
     if not index_versions("pip"):
         pytest.skip("the package index is out of reach")
-    wanted = dockerfile_requirements()
-    (engine,) = [requirement for requirement in wanted if requirement.name == "transformer-engine"]
-    # Its extras are distributions of their own and of the same version; the one for torch is source only.
-    compiled = Requirement(f"transformer-engine-torch{engine.specifier}")
-    wanted += [Requirement(f"transformer-engine-cu13{engine.specifier}"), compiled]
-    with ThreadPoolExecutor(4) as pool:
-        available = list(pool.map(lambda each: index_versions(each.name, wheels_only=each is not compiled), wanted))
-    assert [
-        str(each) for each, versions in zip(wanted, available, strict=True) if not {*each.specifier.filter(versions)}
-    ] == []
+    folder = tmp_path_factory.mktemp("pip")
+    options = ["--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--quiet"]
+    options += ["--target", str(folder / "unused"), "--report", str(folder / "report.json")]
+    wanted = [*map(str, dockerfile_requirements()), f"transformer-engine-cu13{engine.specifier}"]
+    resolved = run_pip("install", *options, *wanted)
+    assert resolved.returncode == 0, resolved.stderr
+    return [entry["metadata"] for entry in json.loads((folder / "report.json").read_text())["install"]]
 
 
-def test_transformer_engine_is_one_that_megatron_core_declares() -> None:
-    (engine,) = [requirement for requirement in dockerfile_requirements() if requirement.name == "transformer-engine"]
+@pytest.mark.network
+def test_dockerfile_requirements_resolve(container_wheels: list[dict[str, Any]]) -> None:
+    found = {canonicalize_name(wheel["name"]): Version(wheel["version"]) for wheel in container_wheels}
+    for requirement in dockerfile_requirements():
+        assert found[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.mark.network
+def test_dockerfile_requirements_agree_with_one_another(container_wheels: list[dict[str, Any]]) -> None:
+    found = {canonicalize_name(wheel["name"]): wheel["version"] for wheel in container_wheels}
+    container = {"python_version": "3.12", "python_full_version": "3.12.0", "extra": ""}
+    for wheel in container_wheels:
+        for needed in map(Requirement, wheel.get("requires_dist", [])):
+            version = found.get(canonicalize_name(needed.name))
+            if version is not None and (needed.marker is None or needed.marker.evaluate(container)):
+                assert version in needed.specifier, f"{wheel['name']} needs {needed}, the Dockerfile has {version}"
+
+
+@pytest.mark.network
+def test_the_torch_extension_of_transformer_engine_is_on_the_index(engine: Requirement) -> None:
+    if not index_versions("pip"):
+        pytest.skip("the package index is out of reach")
+    assert {*engine.specifier.filter(index_versions("transformer-engine-torch"))}  # as source only: no wheel to resolve
+
+
+def test_transformer_engine_is_one_that_megatron_core_declares(engine: Requirement) -> None:
     (declared,) = [
         requirement
         for requirement in map(Requirement, metadata.requires("megatron-core") or [])
