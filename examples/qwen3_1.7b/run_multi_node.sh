@@ -19,6 +19,22 @@ NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
 master_port="${MASTER_PORT:-29500}"
 gpus_per_node="${GPUS_PER_NODE:-8}"
 
+# Names an error where bash would speak of an "unbound variable" and torchrun would wait for nodes that never come.
+check_number() { # NAME VALUE SMALLEST
+    if ! [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || (($2 < $3)); then
+        echo "error: $1=$2 must be a whole number from $3 up" >&2
+        exit 2
+    fi
+}
+check_number NNODES "$NNODES" 1
+check_number NODE_RANK "$NODE_RANK" 0
+check_number MASTER_PORT "$master_port" 1
+check_number GPUS_PER_NODE "$gpus_per_node" 1
+if ((NODE_RANK >= NNODES)); then
+    echo "error: NODE_RANK=$NODE_RANK must be below NNODES=$NNODES; the first node is 0" >&2
+    exit 2
+fi
+
 # Said outright, since torchrun's own guess (does MASTER_ADDR name this machine?) fails behind some network set-ups.
 is_host=$((NODE_RANK == 0 ? 1 : 0))
 
@@ -41,6 +57,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 if [[ "${DRY_RUN:-0}" == 1 ]]; then
     printf '# command:'
     printf ' %q' "${command[@]}"
+    printf '\n# not checked: mesh, model, data; this does (a model named on the Hub is downloaded):'
+    printf ' %q' python -m opsd_megatron.train --check "$((NNODES * gpus_per_node))" "${overrides[@]}"
     printf '\n# configuration:\n'
     exec python -m opsd_megatron.train --cfg job "${overrides[@]}"
 fi

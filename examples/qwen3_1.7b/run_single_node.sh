@@ -8,6 +8,10 @@
 set -euo pipefail
 
 gpus_per_node="${GPUS_PER_NODE:-4}"
+if ! [[ $gpus_per_node =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: GPUS_PER_NODE=$gpus_per_node is not a number of GPUs" >&2
+    exit 2
+fi
 overrides=(experiment=qwen3_1.7b_opsd "$@")
 command=(torchrun --standalone --nproc-per-node "$gpus_per_node" -m opsd_megatron.train "${overrides[@]}")
 
@@ -18,6 +22,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 if [[ "${DRY_RUN:-0}" == 1 ]]; then
     printf '# command:'
     printf ' %q' "${command[@]}"
+    printf '\n# not checked: mesh, model, data; this does (a model named on the Hub is downloaded):'
+    printf ' %q' python -m opsd_megatron.train --check "$gpus_per_node" "${overrides[@]}"
     printf '\n# configuration:\n'
     exec python -m opsd_megatron.train --cfg job "${overrides[@]}"
 fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -81,6 +82,50 @@ def test_multi_node_names_the_variable_that_is_missing(missing: str) -> None:
     finished = run_script("run_multi_node.sh", DRY_RUN="1", **variables)
     assert finished.returncode != 0
     assert missing in finished.stderr and "set it to" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("NODE_RANK", "a", "NODE_RANK=a must be a whole number from 0 up"),
+        ("NODE_RANK", "-1", "NODE_RANK=-1 must be"),
+        ("NODE_RANK", "2", "NODE_RANK=2 must be below NNODES=2"),
+        ("NNODES", "0", "NNODES=0 must be a whole number from 1 up"),
+        ("NNODES", "1:2", "NNODES=1:2 must be"),
+        ("MASTER_PORT", "tcp", "MASTER_PORT=tcp must be"),
+        ("GPUS_PER_NODE", "08", "GPUS_PER_NODE=08 must be"),
+    ],
+)
+def test_multi_node_refuses_what_is_no_number(variable: str, value: str, message: str) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0", "DRY_RUN": "1", variable: value}
+    finished = run_script("run_multi_node.sh", **variables)
+    assert finished.returncode == 2 and finished.stdout == ""
+    assert finished.stderr.startswith(f"error: {message}")
+
+
+def test_single_node_refuses_what_is_no_number() -> None:
+    finished = run_script("run_single_node.sh", DRY_RUN="1", GPUS_PER_NODE="all")
+    assert finished.returncode == 2 and finished.stderr == "error: GPUS_PER_NODE=all is not a number of GPUs\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "world"),
+    [
+        ("run_single_node.sh", {"GPUS_PER_NODE": "2"}, 2),
+        ("run_multi_node.sh", {"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "node0"}, 24),
+    ],
+)
+def test_a_dry_run_says_what_it_leaves_unchecked_and_how_to_check_it(
+    script: str, variables: dict[str, str], world: int, tmp_path: Path
+) -> None:
+    finished = run_script(script, f"model.path={tmp_path / 'no model'}", DRY_RUN="1", **variables)
+    assert finished.returncode == 0, finished.stderr
+    (note,) = [line for line in finished.stdout.splitlines() if line.startswith("# not checked:")]
+    command = shlex.split(note.partition("): ")[2])
+    assert command[:5] == ["python", "-m", "opsd_megatron.train", "--check", str(world)]
+    checked = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 2
+    assert checked.stderr.startswith("error: ") and "no model" in checked.stderr
 
 
 def test_slurm_dry_run_shows_both_commands() -> None:
