@@ -20,7 +20,7 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ModelError
 from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
 from opsd_megatron.models.export import export_hf_weights
-from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec, resolve_model_path
+from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
 from opsd_megatron.types import PackedSequences
 
@@ -41,7 +41,7 @@ def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype
     """Convert a Hugging Face directory to a Megatron checkpoint that loads at any TP, PP and DP.
 
     Args:
-        source: Hugging Face directory or Hub name.
+        source: Hugging Face directory.
         output: Directory to make.
         dtype: float32 or bfloat16; ``None`` keeps the directory's.
 
@@ -49,7 +49,7 @@ def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype
         ModelError: ``source`` is no complete Qwen3.
         CheckpointError: ``output`` exists or cannot be written; nothing is left there.
     """
-    source, output = resolve_model_path(source), Path(output)
+    source, output = Path(source), Path(output)
     refuse_existing(output)
     spec = read_spec(source)
     reader = SafetensorsReader(source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from typing import Literal
 
-import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from opsd_megatron.errors import ConfigError
@@ -13,12 +12,13 @@ from opsd_megatron.errors import ConfigError
 Backend = Literal["torch", "transformer_engine"]
 
 
-def choose_backend(name: str, device: torch.device) -> Backend:
+def choose_backend(name: str, *, dtype: str, on_cuda: bool) -> Backend:
     """Resolve ``model.backend``.
 
     Args:
         name: ``auto``, ``torch`` or ``transformer_engine``.
-        device: Where the model will run.
+        dtype: ``model.dtype``. Transformer Engine has no float32 attention for packed sequences.
+        on_cuda: Whether the model will run on a CUDA device.
 
     Raises:
         ConfigError: Transformer Engine was asked for and cannot be used.
@@ -27,9 +27,14 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         return "torch"
     installed = importlib.util.find_spec("transformer_engine") is not None
     if name == "auto":
-        return "transformer_engine" if installed and device.type == "cuda" else "torch"
-    if device.type != "cuda":
+        return "transformer_engine" if installed and on_cuda and dtype != "float32" else "torch"
+    if not on_cuda:
         raise ConfigError("model.backend=transformer_engine needs a CUDA device; use model.backend=auto or torch")
+    if dtype == "float32":
+        raise ConfigError(
+            "model.backend=transformer_engine has no attention in model.dtype=float32; use model.dtype=bfloat16, or "
+            "model.backend=auto or torch"
+        )
     if not installed:
         raise ConfigError(
             "model.backend=transformer_engine needs the transformer_engine package (NVIDIA's containers hold it); "

@@ -51,7 +51,7 @@ def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> HiddenSt
     Raises:
         ConfigError: ``model.backend`` asks for what is not there.
     """
-    backend = choose_backend(config.model.backend, dims.device)
+    backend = choose_backend(config.model.backend, dtype=config.model.dtype, on_cuda=dims.device.type == "cuda")
     model = HiddenStatesGPT(
         config=transformer_config(spec, config, dims, backend),
         transformer_layer_spec=block_spec(backend, spec.num_layers // dims.pp),

@@ -36,7 +36,6 @@ class Qwen3Spec:
         rms_norm_eps: Epsilon of every norm.
         tied: Whether the output head is the embedding.
         max_positions: Longest sequence the model was made for.
-        dtype: Name of the dtype the weights are stored in, such as ``"bfloat16"``.
     """
 
     num_layers: int
@@ -50,17 +49,23 @@ class Qwen3Spec:
     rms_norm_eps: float
     tied: bool
     max_positions: int
-    dtype: str
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding over all of ``tp`` shards: V, rounded up so that shards are equal."""
         return -(-self.vocab_size // tp) * tp
 
 
-def resolve_model_path(path_or_name: str | Path) -> Path:
+def resolve_model_path(path_or_name: str | Path, *, option: str = "model.path") -> Path:
     """The local directory of a model: the directory itself, or the Hub's snapshot, downloaded where needed.
 
+    The download is of the whole model, weights included, also where the caller only checks a configuration: the check
+    compares tensor names and shapes too, and a run that follows finds everything in the Hub's cache.
+
     Ranks: may be called by any rank alone. Downloads are shared through the Hub's cache on each host.
+
+    Args:
+        path_or_name: Directory or Hub name.
+        option: What the user set it with, for messages.
 
     Raises:
         ModelError: Neither a directory nor a model that can be had from the Hub.
@@ -70,7 +75,7 @@ def resolve_model_path(path_or_name: str | Path) -> Path:
         return path
     name = str(path_or_name)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name} is not a directory; pass a Hugging Face directory or a Hub name (org/model)")
+        raise ModelError(f"{option}={name} is not a directory; pass a Hugging Face directory or a Hub name (org/model)")
     import huggingface_hub
 
     try:
@@ -78,7 +83,7 @@ def resolve_model_path(path_or_name: str | Path) -> Path:
     except Exception as error:  # The Hub client raises many unrelated types: network, HTTP, validation, cache.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model {name} is not a local directory and cannot be downloaded from the Hugging Face Hub: {reason}"
+            f"{option}={name} is not a local directory and cannot be downloaded from the Hugging Face Hub: {reason}"
         ) from error
 
 
@@ -117,7 +122,6 @@ def read_spec(path: str | Path) -> Qwen3Spec:
         rms_norm_eps=float(_number(raw, "rms_norm_eps", file)),
         tied=bool(_required(raw, "tie_word_embeddings", file)),
         max_positions=_positive(raw, "max_position_embeddings", file),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
     if spec.num_heads % spec.num_kv_heads:
         raise ModelError(

@@ -38,6 +38,10 @@ class TensorReader(Protocol):
         """Shape of a tensor, without reading it."""
         ...
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor, without reading it."""
+        ...
+
     def get(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows, on the CPU."""
         ...
@@ -176,7 +180,8 @@ def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
     A tied model may also store its head; it is ignored, as transformers does.
 
     Raises:
-        ModelError: Tensors are missing, unexpected, or of another shape; names the first of them and their files.
+        ModelError: Tensors are missing, unexpected, of another shape, or not floating-point (quantized); names the
+            first of them and their files.
     """
     expected = hf_shapes(spec)
     found = set(reader.names())
@@ -193,6 +198,11 @@ def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
             raise ModelError(
                 f"{_source(reader, name)} tensor {name} has shape {tuple(reader.shape(name))}, "
                 f"config.json calls for {shape}"
+            )
+        if not reader.dtype(name).is_floating_point:
+            raise ModelError(
+                f"{_source(reader, name)} tensor {name} holds {str(reader.dtype(name)).removeprefix('torch.')}, not "
+                "floating-point numbers; training needs the unquantized model"
             )
 
 

@@ -151,7 +151,7 @@ def test_a_single_changed_value_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("hf_to_megatron", "--hf ./nowhere --output new", "nowhere is not a directory"),
+        ("hf_to_megatron", "--hf ./nowhere --output new", "--hf=./nowhere is not a directory"),
         ("hf_to_megatron", "--hf model --output mine", "mine already exists"),
         ("hf_to_megatron", "--hf cut --output new", "model.safetensors is damaged"),
         ("hf_to_megatron", "--hf other --output new", "model_type is 'llama'"),
@@ -160,6 +160,7 @@ def test_a_single_changed_value_is_found(tmp_path: Path) -> None:
         ("megatron_to_hf", "--checkpoint mine --output new", "is not a complete checkpoint"),
         ("megatron_to_hf", "--checkpoint nowhere --output mine", "mine already exists"),
         ("verify", "--hf model --checkpoint nowhere", "there is no checkpoint"),
+        ("verify", "--hf ./nowhere --checkpoint mine", "--hf=./nowhere is not a directory"),
     ],
 )
 def test_bad_input(

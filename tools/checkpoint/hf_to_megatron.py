@@ -27,9 +27,11 @@ def main() -> int:
     import torch
 
     from opsd_megatron.checkpoint.convert import hf_to_megatron
+    from opsd_megatron.models.qwen3 import resolve_model_path
 
+    dtype = getattr(torch, options.dtype) if options.dtype else None
     try:
-        hf_to_megatron(options.hf, options.output, dtype=getattr(torch, options.dtype) if options.dtype else None)
+        hf_to_megatron(resolve_model_path(options.hf, option="--hf"), options.output, dtype=dtype)
     except OpsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -47,7 +47,7 @@ def verify(hf: str, checkpoint: str) -> bool:
     from opsd_megatron.checkpoint.convert import compare_tensors
     from opsd_megatron.models.qwen3 import resolve_model_path
 
-    hf = str(resolve_model_path(hf))
+    hf = str(resolve_model_path(hf, option="--hf"))
     count, differences = compare_tensors(hf, checkpoint)
     rows = [("tensors, bit for bit", f"{count - len(differences)} of {count} equal", not differences)]
     if any(difference.largest is None for difference in differences):

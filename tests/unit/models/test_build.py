@@ -17,29 +17,37 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "installed", "chosen"),
+    ("name", "dtype", "on_cuda", "installed", "chosen"),
     [
-        ("auto", CPU, True, "torch"),
-        ("auto", CUDA, True, "transformer_engine"),
-        ("auto", CUDA, False, "torch"),
-        ("torch", CUDA, True, "torch"),
-        ("transformer_engine", CUDA, True, "transformer_engine"),
+        ("auto", "bfloat16", False, True, "torch"),
+        ("auto", "bfloat16", True, True, "transformer_engine"),
+        ("auto", "float32", True, True, "torch"),
+        ("auto", "bfloat16", True, False, "torch"),
+        ("torch", "bfloat16", True, True, "torch"),
+        ("transformer_engine", "bfloat16", True, True, "transformer_engine"),
     ],
 )
 def test_backend_choice(
-    name: str, device: torch.device, installed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: str, on_cuda: bool, installed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
-    assert choose_backend(name, device) == chosen
+    assert choose_backend(name, dtype=dtype, on_cuda=on_cuda) == chosen
 
 
-@pytest.mark.parametrize(("device", "needs"), [(CPU, "CUDA device"), (CUDA, "transformer_engine package")])
+@pytest.mark.parametrize(
+    ("dtype", "on_cuda", "installed", "reason"),
+    [
+        ("bfloat16", False, True, "needs a CUDA device"),
+        ("bfloat16", True, False, "needs the transformer_engine package"),
+        ("float32", True, True, "has no attention in model.dtype=float32"),
+    ],
+)
 def test_transformer_engine_where_it_cannot_be(
-    device: torch.device, needs: str, monkeypatch: pytest.MonkeyPatch
+    dtype: str, on_cuda: bool, installed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=f"model.backend=transformer_engine needs .*{needs}"):
-        choose_backend("transformer_engine", device)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    with pytest.raises(ConfigError, match=f"^model.backend=transformer_engine {reason}"):
+        choose_backend("transformer_engine", dtype=dtype, on_cuda=on_cuda)
 
 
 def test_a_stage_in_bf16_at_tp_2_pp_2(tmp_path: Path) -> None:

@@ -47,7 +47,6 @@ SPEC = Qwen3Spec(
     rms_norm_eps=1e-6,
     tied=True,
     max_positions=40960,
-    dtype="bfloat16",
 )
 
 
@@ -138,15 +137,19 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(ModelError, match=r"Qwen/Qwen3-0\.6B is not a local directory.*connection refused$"):
+    with pytest.raises(
+        ModelError, match=r"^model\.path=Qwen/Qwen3-0\.6B is not a local directory.*connection refused$"
+    ):
         resolve_model_path("Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.parametrize("path", ["/absent/model", "./absent", "absent", "a/b/c"])
 def test_what_cannot_be_a_hub_name_is_not_asked_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
-    with pytest.raises(ModelError, match="is not a directory"):
+    with pytest.raises(ModelError, match=rf"^model\.path={path} is not a directory"):
         resolve_model_path(path)
+    with pytest.raises(ModelError, match=rf"^--hf={path} is not a directory"):
+        resolve_model_path(path, option="--hf")
 
 
 def config(**keys: object) -> Config:

@@ -35,7 +35,6 @@ SPEC = Qwen3Spec(
     rms_norm_eps=1e-6,
     tied=False,
     max_positions=64,
-    dtype="float32",
 )
 
 
@@ -49,8 +48,16 @@ class DictReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
     def get(self, name: str, rows: slice | None = None) -> Tensor:
         return self.tensors[name] if rows is None else self.tensors[name][rows]
+
+
+class WithFiles(DictReader):
+    def file_of(self, name: str) -> str:
+        return "model-00002-of-00002.safetensors"
 
 
 def random_reader(spec: Qwen3Spec = SPEC) -> DictReader:
@@ -230,10 +237,14 @@ def test_extra_tensors_are_named() -> None:
 
 
 def test_a_wrong_shape_is_named_with_its_file() -> None:
-    class WithFiles(DictReader):
-        def file_of(self, name: str) -> str:
-            return "model-00002-of-00002.safetensors"
-
     reader = WithFiles(random_reader().tensors | {"model.norm.weight": torch.zeros(7)})
     with pytest.raises(ModelError, match=r"00002\.safetensors: tensor model\.norm\.weight has shape \(7,\).*\(6,\)"):
+        check_tensors(SPEC, reader)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64])
+def test_quantized_weights_are_named_with_their_file(dtype: torch.dtype) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    reader = WithFiles(random_reader().tensors | {name: torch.ones(6, dtype=dtype)})
+    with pytest.raises(ModelError, match=rf"00002\.safetensors: tensor {name} holds {str(dtype)[6:]}, not floating"):
         check_tensors(SPEC, reader)
