@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.distributed.cpu import install_cpu_stand_ins
+
+# How long a collective may wait for the slowest rank. By default torch gives up after 10 minutes (NCCL) and
+# Megatron-Core's groups after 30, less than ranks may rightly wait: replicas of the engine finish their responses at
+# different times, and rank 0 alone judges answers and makes a whole checkpoint durable.
+_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +64,11 @@ class ParallelDims:
                 earlier and better).
         """
         install_cpu_stand_ins()
-        device = _device()
-        owns_world = not dist.is_initialized()
-        if owns_world:
-            _join_world(device)
+        device, owns_world = join_world()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=_TIMEOUT // timedelta(minutes=1),
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return ParallelDims(
@@ -129,11 +133,6 @@ class ParallelDims:
         return self.pp_rank == self.pp - 1
 
     @property
-    def first_stage_rank(self) -> int:
-        """World rank of the first stage in this rank's pipeline."""
-        return dist.get_global_rank(self.pp_group, 0)
-
-    @property
     def last_stage_rank(self) -> int:
         """World rank of the last stage in this rank's pipeline."""
         return dist.get_global_rank(self.pp_group, self.pp - 1)
@@ -147,9 +146,20 @@ def _device() -> torch.device:
     return device
 
 
-def _join_world(device: torch.device) -> None:
+def join_world() -> tuple[torch.device, bool]:
+    """Join torchrun's job, or make a world of this process alone.
+
+    Ranks: every rank of the world; calling it again does nothing.
+
+    Returns:
+        Where this rank computes, and whether the default process group was made here rather than found.
+    """
+    device = _device()
+    if dist.is_initialized():
+        return device, False
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    return device, True

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def test_coordinates_and_groups_of_a_mesh_of_four() -> None:
     assert [c["tp_ranks"] for c in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [c["pp_ranks"] for c in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [c["first_last"] for c in found] == [(True, False)] * 2 + [(False, True)] * 2
-    assert [c["ends"] for c in found] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert [c["last"] for c in found] == [2, 3, 2, 3]
     assert all(c["sizes"] == (2, 2, 1, 4) and c["sequence"] for c in found)
 
 
@@ -37,7 +38,7 @@ def _coordinates(parallel: ParallelConfig) -> dict[str, Any]:
         "tp_ranks": dist.get_process_group_ranks(dims.tp_group),
         "pp_ranks": dist.get_process_group_ranks(dims.pp_group),
         "first_last": (dims.is_first_stage, dims.is_last_stage),
-        "ends": (dims.first_stage_rank, dims.last_stage_rank),
+        "last": dims.last_stage_rank,
         "sizes": (dims.tp, dims.pp, dims.dp, dims.world_size),
         "sequence": dims.sequence_parallel,
     }
@@ -103,3 +104,21 @@ def _alone() -> None:
         assert broadcast_object("here") == "here"
         dims.destroy()
         assert not dist.is_initialized()
+
+
+def test_collectives_wait_two_hours() -> None:
+    """Those of the world and of Megatron-Core's groups, with torchrun's environment and without."""
+    hours = [timedelta(hours=2)] * 2
+    assert run_distributed(_timeouts, 1, True) == [hours]
+    assert run_distributed(_timeouts, 1, False) == [hours]
+
+
+def _timeouts(launched: bool) -> list[timedelta]:
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    dist.destroy_process_group()
+    if not launched:
+        del os.environ["RANK"]
+    dims = ParallelDims.initialize(ParallelConfig())
+    groups = [dist.group.WORLD, dims.tp_group]
+    return [group._get_backend(dims.device).options._timeout for group in groups if group is not None]
