@@ -1,8 +1,9 @@
 """Directories that appear complete or not at all.
 
-A directory is built under a hidden temporary name beside its final one, made durable, and renamed. The temporary
-directory holds a marker file until the last moment, so that what a killed process leaves behind is told apart from a
-user's own files: only marked directories are ever removed.
+A directory is built under a hidden temporary name beside its final one, made durable, and renamed. It holds a marker
+file from first to last, also through the rename, and is complete when the marker is gone. So whatever moment a process
+is killed at, what it leaves behind is told apart from a user's own files: only marked directories, and empty ones with
+a temporary name, are ever removed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from opsd_megatron.errors import CheckpointError
+from opsd_megatron.telemetry.files import sync_to_disk
 
 _MARKER = ".opsd_megatron_incomplete"
 
@@ -24,8 +26,18 @@ def temporary_for(output: Path) -> Path:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether ``path`` is a temporary directory that an interrupted write left behind."""
-    return path.name.startswith(".") and path.name.endswith(".tmp") and (path / _MARKER).is_file()
+    """Whether ``path`` is a temporary directory that an interrupted write or deletion left behind.
+
+    An empty one is: the marker is made after the directory, and removed before it.
+    """
+    if not (path.name.startswith(".") and path.name.endswith(".tmp")):
+        return False
+    return is_unfinished(path) or _is_empty(path)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether ``path`` is a directory, under its temporary or its final name, that was not completed or is going."""
+    return not path.is_symlink() and (path / _MARKER).is_file()
 
 
 def is_marker(path: Path) -> bool:
@@ -34,7 +46,7 @@ def is_marker(path: Path) -> bool:
 
 
 def begin(output: Path) -> Path:
-    """Make the empty temporary directory for ``output``, removing the leftover of an interrupted write.
+    """Make the empty temporary directory for ``output``, removing what an interrupted write left under either name.
 
     Returns:
         The temporary directory; fill it, then call :func:`publish` or :func:`discard`.
@@ -46,10 +58,12 @@ def begin(output: Path) -> Path:
     refuse_existing(output)
     temporary = temporary_for(output)
     try:
+        if is_unfinished(output):
+            _delete(output)
         if temporary.exists():
             if not is_leftover(temporary):
                 raise CheckpointError(f"{temporary} is in the way of writing {output}: move it elsewhere")
-            shutil.rmtree(temporary)
+            _delete(temporary)
         temporary.mkdir(parents=True)
         (temporary / _MARKER).touch()
     except OSError as error:
@@ -61,9 +75,9 @@ def refuse_existing(output: Path) -> None:
     """Check that writing ``output`` destroys nothing.
 
     Raises:
-        CheckpointError: ``output`` exists and is not an empty directory.
+        CheckpointError: ``output`` exists and is neither an empty directory nor one that an interrupted write left.
     """
-    if output.is_dir() and not any(output.iterdir()):
+    if is_unfinished(output) or _is_empty(output):
         return
     if output.exists() or output.is_symlink():
         raise CheckpointError(f"{output} already exists and is left as it is: choose another output or remove it")
@@ -73,21 +87,29 @@ def publish(temporary: Path, output: Path) -> None:
     """Make everything under ``temporary`` durable and give it its final name.
 
     Raises:
-        OSError: The disk failed; ``output`` does not exist.
+        OSError: The disk failed; ``output`` does not exist, or is marked as incomplete if even that fails.
     """
     for folder, _, files in os.walk(temporary):
         for name in files:
-            _fsync(Path(folder) / name)
-        _fsync(Path(folder))
-    (temporary / _MARKER).unlink()
+            sync_to_disk(Path(folder) / name)
+        sync_to_disk(Path(folder))
     os.rename(temporary, output)
-    _fsync(output.parent)
+    try:
+        sync_to_disk(output.parent)
+        (output / _MARKER).unlink()
+        sync_to_disk(output)
+    except OSError:
+        with suppress(OSError):
+            (output / _MARKER).touch()
+        discard(output)
+        raise
 
 
-def discard(temporary: Path) -> None:
-    """Remove a temporary directory after a failure; what cannot be removed stays marked as incomplete."""
-    if is_leftover(temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
+def discard(directory: Path) -> None:
+    """Remove what was not completed; what cannot be removed stays marked. Anything else is left alone."""
+    if is_unfinished(directory) or is_leftover(directory):
+        with suppress(OSError):
+            _delete(directory)
 
 
 @contextmanager
@@ -116,17 +138,24 @@ def remove(directory: Path) -> None:
     """Delete a published directory so that an interruption leaves nothing that looks complete.
 
     Raises:
-        OSError: It cannot be deleted.
+        OSError: It cannot be deleted; unless nothing was touched, the rest is marked as incomplete.
     """
     temporary = temporary_for(directory)
     (directory / _MARKER).touch()
     os.rename(directory, temporary)
-    shutil.rmtree(temporary)
+    _delete(temporary)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _delete(directory: Path) -> None:
+    """Delete a marked or empty directory. The marker goes last: an interruption must not leave unmarked files."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif not is_marker(path):
+            path.unlink()
+    (directory / _MARKER).unlink(missing_ok=True)
+    directory.rmdir()
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from opsd_megatron.checkpoint.atomic import atomic_directory
+from opsd_megatron.checkpoint.atomic import atomic_directory, is_unfinished
 from opsd_megatron.errors import ModelError
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -69,10 +69,12 @@ class SafetensorsReader:
         """Open the directory's ``model.safetensors``, or the shards its index names, or all its safetensors files.
 
         Raises:
-            ModelError: There are no safetensors, a shard or a listed tensor is missing, a name occurs twice, or a file
-                is damaged; the file is named.
+            ModelError: There are no safetensors, a shard or a listed tensor is missing, a name occurs twice, a file is
+                damaged, or writing the directory was interrupted; the file is named.
         """
         self.path = Path(path)
+        if is_unfinished(self.path):
+            raise ModelError(f"{self.path} is not complete: writing it was interrupted, write it again")
         self._entries: dict[str, _Entry] = {}
         files, listed = _find_files(self.path)
         for file in files:

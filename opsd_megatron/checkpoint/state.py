@@ -6,13 +6,14 @@ A checkpoint is a directory ``step_N``:
     hf/                                             config.json, tokenizer and the like, so that it can be exported
     trainer.json                                    step, data position, run identity, mesh, size of every file
 
-It is built as ``.step_N.tmp`` and renamed when it is complete, so a directory called ``step_N`` is always whole. What
-a killed run leaves behind is removed by the next save.
+It is built as ``.step_N.tmp`` and renamed when it is complete, see :mod:`opsd_megatron.checkpoint.atomic`. What a
+killed run leaves behind is ignored, and removed by the next save.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,27 @@ from torch import nn
 
 from opsd_megatron.checkpoint import atomic, torch_dist
 from opsd_megatron.checkpoint.hf_io import copy_hf_files
+from opsd_megatron.distributed.collectives import gather_objects
 from opsd_megatron.errors import CheckpointError
+from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
 
 HF_FOLDER = "hf"
 _TRAINER_FILE = "trainer.json"
-_FORMAT = 1
+_FORMAT = 2
 _STEP_NAME = re.compile(r"step_(\d+)")
+# What decides the tensors' names and shapes, as Qwen3Spec and as config.json call it.
+_SHAPE_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
+}
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ def save_checkpoint(
             "step": state.step,
             "sampler": state.sampler,
             "identity": state.identity,
-            "optimizer": optimizer is not None,
+            "optimizer": None if optimizer is None else torch_dist.optimizer_kind(optimizer),
             "mesh": _mesh(model),
         }
         torch_dist.on_rank_zero(_finish, directory, record, Path(source))
@@ -96,8 +112,9 @@ def save_checkpoint(
 
 def _begin(directory: Path) -> None:
     if _STEP_NAME.fullmatch(directory.name):
-        for leftover in directory.parent.glob(".step_*.tmp"):
-            atomic.discard(leftover)
+        for pattern in (".step_*.tmp", "step_*"):
+            for path in directory.parent.glob(pattern):
+                atomic.discard(path)
     atomic.begin(directory)
 
 
@@ -123,13 +140,13 @@ def load_checkpoint(
     Ranks: every rank of the world.
 
     Raises:
-        CheckpointError: There is no complete checkpoint, a file is damaged, it was saved from a different model, or it
-            holds weights only and ``optimizer`` is given.
+        CheckpointError: There is no complete checkpoint, a file is damaged, it was saved from a different model, or
+            ``optimizer`` is given and it holds weights only or another kind of optimizer's state.
     """
     directory = Path(directory).absolute()
     record = _read_record(directory)
-    if optimizer is not None and not record["optimizer"]:
-        raise CheckpointError(f"{directory} holds weights only: pass it as model.checkpoint to start from them")
+    if optimizer is not None:
+        _check_optimizer(directory, record["optimizer"], torch_dist.optimizer_kind(optimizer))
     _check_vocabulary(directory, model)
     same_mesh = record["mesh"] == _mesh(model)
     request: dict[str, Any] = {"model": torch_dist.model_state(model)}
@@ -144,6 +161,23 @@ def load_checkpoint(
     if same_mesh:
         torch_dist.restore_rng_state(loaded["rng"])
     return TrainerState(step=record["step"], sampler=record["sampler"], identity=record["identity"])
+
+
+def _check_optimizer(directory: Path, theirs: dict[str, Any] | None, ours: dict[str, Any]) -> None:
+    if theirs is None:
+        raise CheckpointError(f"{directory} holds weights only: pass it as model.checkpoint to start from them")
+    if theirs["distributed"] != ours["distributed"]:
+        was = str(theirs["distributed"]).lower()
+        raise CheckpointError(
+            f"{directory} was saved with parallel.distributed_optimizer={was}, and its optimizer state loads only so: "
+            f"pass parallel.distributed_optimizer={was}"
+        )
+    if theirs["adam"] != ours["adam"]:
+        raise CheckpointError(
+            f"{directory} holds the state of {theirs['adam']}, this run's optimizer is {ours['adam']}; which it is "
+            "depends on whether Transformer Engine or Apex is installed: resume with what the run started with, or "
+            f"start a new run from the weights with model.checkpoint={directory}"
+        )
 
 
 def load_model_weights(directory: str | Path, model: nn.Module) -> None:
@@ -161,19 +195,70 @@ def load_model_weights(directory: str | Path, model: nn.Module) -> None:
     torch_dist.load_model_state(model, loaded["model"])
 
 
+def check_checkpoint(directory: str | Path, spec: Qwen3Spec) -> None:
+    """Check that a checkpoint can give a model its initial weights, before there is a model or a process group.
+
+    Ranks: any; reads the small files and the sizes of the others.
+
+    Args:
+        directory: What ``model.checkpoint`` names.
+        spec: The model that is to be built.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint, or it is of another model; the differing keys are named.
+        ModelError: The configuration in the checkpoint is damaged.
+    """
+    theirs = read_spec(hf_folder(directory))
+    different = [
+        f"{key} is {getattr(theirs, name)} there, {getattr(spec, name)} here"
+        for name, key in _SHAPE_KEYS.items()
+        if getattr(theirs, name) != getattr(spec, name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{directory} is a checkpoint of another model than model.path ({'; '.join(different)}): "
+            "pass the model it was saved from"
+        )
+
+
 def latest_checkpoint(root: str | Path) -> Path | None:
     """The complete checkpoint ``root/step_N`` with the largest N, or ``None``."""
     checkpoints = _checkpoints(Path(root))
     return checkpoints[-1] if checkpoints else None
 
 
+def agreed_checkpoint(root: str | Path) -> Path | None:
+    """What :func:`latest_checkpoint` finds on rank 0; looking for itself, a rank might find another.
+
+    Ranks: every rank of the world; the same on all of them.
+
+    Raises:
+        CheckpointError: A rank does not see rank 0's choice, or the disk failed; raised on every rank.
+    """
+    newest = torch_dist.on_rank_zero(_latest, Path(root).absolute())
+    seen = gather_objects(newest is None or _is_complete(newest))
+    if not all(seen):
+        raise CheckpointError(
+            f"rank {seen.index(False)} does not see {newest}, which rank 0 resumes from: output_dir must be on a file "
+            "system that all ranks share"
+        )
+    return newest
+
+
+def _latest(root: Path) -> Path | None:
+    try:
+        return latest_checkpoint(root)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {root}: {error}") from error
+
+
 def prune_checkpoints(root: str | Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints under ``root``.
 
-    Ranks: any; rank 0 acts. A deletion that is interrupted leaves nothing that looks complete.
+    One that cannot be deleted is a warning, since the newest ones are safe; the next save tries again. A deletion that
+    is interrupted leaves nothing that looks complete.
 
-    Raises:
-        CheckpointError: A checkpoint cannot be deleted.
+    Ranks: any; rank 0 acts.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} would delete the newest checkpoint")
@@ -183,7 +268,7 @@ def prune_checkpoints(root: str | Path, keep: int) -> None:
         try:
             atomic.remove(checkpoint)
         except OSError as error:
-            raise CheckpointError(f"cannot delete the old checkpoint {checkpoint}: {error}") from error
+            _logger.warning("cannot delete the old checkpoint %s, will try at the next save: %s", checkpoint, error)
 
 
 def check_output_dir(output_dir: str | Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
@@ -246,15 +331,19 @@ def _checkpoints(root: Path) -> list[Path]:
     found = [
         (int(match.group(1)), path)
         for path in root.iterdir()
-        if (match := _STEP_NAME.fullmatch(path.name)) and (path / _TRAINER_FILE).is_file()
+        if (match := _STEP_NAME.fullmatch(path.name)) and _is_complete(path)
     ]
     return [path for _, path in sorted(found)]
+
+
+def _is_complete(directory: Path) -> bool:
+    return (directory / _TRAINER_FILE).is_file() and not atomic.is_unfinished(directory)
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
     """Read ``trainer.json`` and check that every file it lists is there and whole."""
     path = directory / _TRAINER_FILE
-    if not path.is_file():
+    if not _is_complete(directory):
         raise CheckpointError(_not_a_checkpoint(directory))
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -290,6 +379,8 @@ def _check_vocabulary(directory: Path, model: nn.Module) -> None:
 def _not_a_checkpoint(directory: Path) -> str:
     if not directory.exists():
         return f"there is no checkpoint {directory}"
+    if atomic.is_unfinished(directory):
+        return f"{directory} is not complete: saving or deleting it was interrupted, use another"
     for root in (directory, directory / "checkpoints"):
         newest = latest_checkpoint(root)
         if newest is not None:

@@ -10,8 +10,9 @@ failure on one rank is raised on all of them.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
@@ -43,6 +44,9 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 _READ_ERRORS = (CheckpointException, CheckpointingException, OSError, EOFError, KeyError, ValueError, RuntimeError)
 
 
+T = TypeVar("T")
+
+
 def unwrap(model: nn.Module) -> GPTModel:
     """The model inside data-parallel and precision wrappers."""
     while not isinstance(model, GPTModel):
@@ -50,25 +54,36 @@ def unwrap(model: nn.Module) -> GPTModel:
     return model
 
 
-def on_rank_zero(action: Any, *args: Any) -> None:
+def on_rank_zero(action: Callable[..., T], *args: Any) -> T:
     """Run ``action(*args)`` on rank 0 and let every rank know how it went.
 
-    Ranks: every rank of the world.
+    Ranks: every rank of the world; the (picklable) result is valid on all of them.
 
     Raises:
         CheckpointError: ``action`` raised an ``OSError`` or an ``OpsdError``; the same on every rank.
+        Exception: Whatever else ``action`` raised, a defect: itself on rank 0, a ``RuntimeError`` that quotes it on
+            the others, which would wait for rank 0 otherwise.
     """
+    result: T | None = None
     failure: str | None = None
+    defect: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            action(*args)
+            result = action(*args)
         except OpsdError as error:
             failure = str(error)
         except OSError as error:
             failure = f"cannot write {error.filename or args[0]}: {error.strerror or error}"
-    failure = broadcast_object(failure)
+        except Exception as error:
+            defect = error
+    result, failure, quoted = broadcast_object((result, failure, repr(defect) if defect else None))
     if failure is not None:
         raise CheckpointError(failure)
+    if defect is not None:
+        raise defect
+    if quoted is not None:
+        raise RuntimeError(f"rank 0 failed: {quoted}")
+    return cast(T, result)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -97,6 +112,22 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_l
     for part in _parts(optimizer):
         _initialise(part)
     return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))  # type: ignore
+
+
+def optimizer_kind(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What must be equal for one optimizer to take another's state; JSON-able.
+
+    Returns:
+        ``distributed``: whether it is Megatron-Core's distributed optimizer; the plain one keeps other things under
+        other names. ``adam``: package and class that update the parameters, such as ``torch.AdamW``; fused Adams keep
+        one step for all parameters, torch's one for each.
+    """
+    part = _parts(optimizer)[0]
+    inner = type(part.optimizer)
+    return {
+        "distributed": isinstance(part, DistributedOptimizer),
+        "adam": f"{inner.__module__.split('.')[0]}.{inner.__name__}",
+    }
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:

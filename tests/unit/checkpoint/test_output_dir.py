@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 
 from opsd_megatron.checkpoint import atomic
-from opsd_megatron.checkpoint.state import check_output_dir, hf_folder, latest_checkpoint, prune_checkpoints
-from opsd_megatron.errors import CheckpointError
+from opsd_megatron.checkpoint.state import (
+    _begin,
+    check_checkpoint,
+    check_output_dir,
+    hf_folder,
+    latest_checkpoint,
+    prune_checkpoints,
+)
+from opsd_megatron.errors import CheckpointError, ModelError
+from opsd_megatron.models.qwen3 import read_spec
+from tests.tiny import make_tiny_qwen3
 
 IDENTITY = {"model": {"path": "m", "dtype": "float32"}, "objective": {"beta": 0.5, "clip": None}}
 
@@ -17,7 +26,7 @@ IDENTITY = {"model": {"path": "m", "dtype": "float32"}, "objective": {"beta": 0.
 def make(directory: Path, identity: dict[str, object] | None = None) -> Path:
     directory.mkdir(parents=True)
     (directory / "tensors").write_bytes(b"1234")
-    record = {"format": 1, "step": 1, "identity": identity or IDENTITY, "files": {"tensors": 4}}
+    record = {"format": 2, "step": 1, "identity": identity or IDENTITY, "files": {"tensors": 4}}
     (directory / "trainer.json").write_text(json.dumps(record))
     return directory
 
@@ -55,11 +64,64 @@ def test_an_interrupted_deletion_leaves_nothing_that_looks_complete(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(atomic, "_delete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoints(tmp_path, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step_1.tmp", "step_2"]
     assert atomic.is_leftover(tmp_path / ".step_1.tmp")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path / f"step_{step}")
+
+    def denied(source: Path, target: Path) -> None:
+        if source.name == "step_1":
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target)
+
+    rename = atomic.os.rename
+    monkeypatch.setattr(atomic.os, "rename", denied)
+    prune_checkpoints(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_3"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "cannot delete the old checkpoint" in record.message
+    assert str(tmp_path / "step_1") in record.message
+    monkeypatch.undo()
+    _begin(tmp_path / "step_4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_4.tmp", "step_3"]
+
+
+def test_a_checkpoint_killed_at_its_last_moment_is_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the rename and the marker's removal."""
+    make(tmp_path / "checkpoints" / "step_4")
+    newest = tmp_path / "checkpoints" / "step_5"
+    killed_after_rename(newest, monkeypatch)
+    assert latest_checkpoint(newest.parent) == newest.parent / "step_4"
+    assert check_output_dir(tmp_path, IDENTITY, resume=True) == newest.parent / "step_4"
+    with pytest.raises(CheckpointError, match=r"step_5 is not complete: .* interrupted"):
+        hf_folder(newest)
+    _begin(newest)
+    assert sorted(path.name for path in newest.parent.iterdir()) == [".step_5.tmp", "step_4"]
+
+
+def killed_after_rename(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = atomic.begin(directory)
+    make(temporary / "made")
+    for file in (temporary / "made").iterdir():
+        file.rename(temporary / file.name)
+    (temporary / "made").rmdir()
+
+    def killed(path: Path) -> None:
+        if path == directory.parent:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic, "sync_to_disk", killed)
+        atomic.publish(temporary, directory)
+    assert not temporary.exists() and (directory / "trainer.json").is_file()
 
 
 def test_fresh_directories(tmp_path: Path) -> None:
@@ -108,3 +170,28 @@ def test_a_run_directory_is_not_a_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"did you mean {newest}"):
             hf_folder(directory)
     assert hf_folder(newest) == newest / "hf"
+
+
+def test_a_checkpoint_for_the_initial_weights_is_of_the_same_model(tmp_path: Path) -> None:
+    """Without a process group. The record of another format version is refused too."""
+    spec = read_spec(make_tiny_qwen3(tmp_path / "model", num_layers=1, with_tokenizer=False))
+    checkpoint = make(tmp_path / "checkpoint")
+    make_tiny_qwen3(checkpoint / "hf", num_layers=1, with_tokenizer=False)
+    check_checkpoint(checkpoint, spec)
+    for changes, named in (
+        ({"vocab_size": 271}, "vocab_size is 272 there, 271 here"),
+        ({"num_layers": 2, "ffn": 64}, "num_hidden_layers is 1 there, 2 here; intermediate_size is 96 there, 64 here"),
+        ({"kv_heads": 4}, "num_key_value_heads is 2 there, 4 here"),
+        ({"tied": False}, "tie_word_embeddings is True there, False here"),
+    ):
+        other = make_tiny_qwen3(tmp_path / named, **({"num_layers": 1, "with_tokenizer": False} | changes))
+        with pytest.raises(CheckpointError, match=rf"checkpoint of another model than model\.path \({named}\)"):
+            check_checkpoint(checkpoint, read_spec(other))
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        check_checkpoint(tmp_path / "nowhere", spec)
+    (checkpoint / "hf" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"hf/config\.json is missing"):
+        check_checkpoint(checkpoint, spec)
+    (checkpoint / "trainer.json").write_text('{"format": 1, "files": {}}')
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+        check_checkpoint(checkpoint, spec)

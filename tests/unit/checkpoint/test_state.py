@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from opsd_megatron.checkpoint import state, torch_dist
 from opsd_megatron.checkpoint.atomic import is_leftover
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
-from opsd_megatron.checkpoint.state import latest_checkpoint, load_checkpoint, load_model_weights
+from opsd_megatron.checkpoint.state import agreed_checkpoint, latest_checkpoint, load_checkpoint, load_model_weights
 from opsd_megatron.errors import CheckpointError
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3
@@ -192,6 +193,97 @@ def test_a_full_disk_on_one_rank_stops_all_and_leaves_nothing(tied: Path, tmp_pa
     assert "rank 1" in first["rank 1"]
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     assert latest_checkpoint(tmp_path) == tmp_path / "step_1"
+
+
+def other_optimizers(source: Path, root: Path) -> dict[str, str]:
+    """Messages of loading another kind of optimizer's state."""
+    messages = {}
+    for sharded in (True, False):
+        with run_on(Mesh(sharded_optimizer=sharded), source) as run:
+            run.steps(1, 1)
+            run.save(root / str(sharded))
+    record = json.loads((root / "True" / "trainer.json").read_text())
+    assert record["optimizer"] == {"distributed": True, "adam": "torch.AdamW"}
+    record["optimizer"]["adam"] = "transformer_engine.FusedAdam"
+    for sharded, name in ((False, "True"), (True, "False"), (True, "fused")):
+        with run_on(Mesh(sharded_optimizer=sharded), source, weights=False) as run:
+            if name == "fused":
+                (root / "True" / "trainer.json").write_text(json.dumps(record))
+                (root / "True").rename(root / "fused")
+            try:
+                load(run, root / name)
+            except CheckpointError as error:
+                messages[name] = str(error)
+            load_model_weights(root / name, run.model)
+    return messages
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused(tied: Path, tmp_path: Path) -> None:
+    (messages,) = run_distributed(other_optimizers, 1, tied, tmp_path)
+    assert messages.keys() == {"True", "False", "fused"}
+    assert messages["True"].endswith("pass parallel.distributed_optimizer=true")
+    assert messages["False"].endswith("pass parallel.distributed_optimizer=false")
+    assert "holds the state of transformer_engine.FusedAdam, this run's optimizer is torch.AdamW" in messages["fused"]
+
+
+def on_one_rank(root: Path) -> dict[str, str]:
+    """How rank 0's work ends on this rank: a result, an error of the user, a defect."""
+
+    def divide(by: int) -> float:
+        return 1 / by
+
+    outcome = {"result": str(torch_dist.on_rank_zero(divide, 2 if torch.distributed.get_rank() == 0 else 0))}
+    for name, action, argument in (("user", os.rmdir, root / "nowhere"), ("defect", divide, 0)):
+        try:
+            torch_dist.on_rank_zero(action, argument)
+        except Exception as error:
+            outcome[name] = repr(error)
+    return outcome
+
+
+def test_any_failure_of_rank_zero_reaches_all(tmp_path: Path) -> None:
+    first, second = run_distributed(on_one_rank, 2, tmp_path)
+    assert first["result"] == second["result"] == "0.5"
+    assert first["user"] == second["user"] and first["user"].startswith("CheckpointError('cannot write ")
+    assert first["defect"] == "ZeroDivisionError('division by zero')"
+    assert second["defect"].startswith("RuntimeError(") and "rank 0 failed: ZeroDivision" in second["defect"]
+
+
+def agree(root: Path) -> dict[str, str]:
+    """The choice of this rank, of a rank that finds another one, and of ranks that do not share a file system."""
+    second = torch.distributed.get_rank() == 1
+    outcome = {"none": str(agreed_checkpoint(root / "nowhere"))}
+    with pytest.MonkeyPatch.context() as patch:
+        if second:
+            patch.setattr(state, "latest_checkpoint", lambda _: root / "step_1")
+        outcome["other"] = str(agreed_checkpoint(root))
+    with pytest.MonkeyPatch.context() as patch:
+        if second:
+            patch.setattr(state, "_is_complete", lambda _: False)
+        try:
+            agreed_checkpoint(root)
+        except CheckpointError as error:
+            outcome["unshared"] = str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        if not second:
+            patch.setattr(state, "latest_checkpoint", lambda root: list((root / "step_1" / "trainer.json").iterdir()))
+        try:
+            agreed_checkpoint(root)
+        except CheckpointError as error:
+            outcome["unreadable"] = str(error)
+    return outcome
+
+
+def test_all_ranks_resume_from_rank_zero_s_choice(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / "trainer.json").write_text("{}")
+    first, second = run_distributed(agree, 2, tmp_path)
+    assert first == second and first.keys() == {"none", "other", "unshared", "unreadable"}
+    assert first["none"] == "None" and first["other"] == str(tmp_path / "step_2")
+    assert first["unshared"].startswith(f"rank 1 does not see {tmp_path / 'step_2'}, which rank 0 resumes from: ")
+    assert "output_dir must be on a file system that all ranks share" in first["unshared"]
+    assert first["unreadable"].startswith(f"cannot read {tmp_path}: ")
 
 
 def save_and_die(source: Path, root: Path) -> None:
