@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
 import time
 import warnings
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -25,6 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opsd_megatron.config import Config
 from opsd_megatron.errors import EXIT_BAD_INPUT, ConfigError, OpsdError
+
+if TYPE_CHECKING:
+    from opsd_megatron.trainer.setup import Inputs
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> Config:
@@ -84,7 +89,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, such as model.path=DIR")
     parser.add_argument("--config-dir", help="directory of own configuration groups")
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and exit")
-    parser.add_argument("--check", type=int, metavar="WORLD_SIZE", help="validate for so many processes and exit")
+    parser.add_argument("--check", type=_positive, metavar="WORLD_SIZE", help="validate for so many processes and exit")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -97,23 +102,57 @@ def run(arguments: list[str]) -> None:
         OpsdError: Something the user can mend.
     """
     options = _parse(arguments)
-    config = compose_config(options.overrides, options.config_dir)
     if options.cfg == "job":
+        config = compose_config(options.overrides, options.config_dir)
         print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
-        return
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if options.check is None else options.check
+    elif options.check is not None:
+        _prepare(options, options.check)
+        print(f"valid for {options.check} processes")
+    else:
+        config, inputs = _prepare_together(options, int(os.environ.get("WORLD_SIZE", "1")))
+        from opsd_megatron.trainer.setup import build_trainer
+
+        build_trainer(config, inputs).run()
+
+
+def _prepare(options: argparse.Namespace, world_size: int) -> tuple[Config, Inputs]:
+    """Compose the configuration and check it and all it names."""
+    config = compose_config(options.overrides, options.config_dir)
     config.validate(world_size)
     # Megatron-Core names every optional GPU library that is absent, on every rank, and torch what it deprecates.
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Imported late: a bad configuration is reported without waiting for Megatron-Core and vLLM.
-    from opsd_megatron.trainer.setup import build_trainer, check_inputs
+    # Imported late: a bad configuration is reported without waiting for Megatron-Core.
+    from opsd_megatron.trainer.setup import check_inputs
 
-    inputs = check_inputs(config)
-    if options.check is not None:
-        print(f"valid for {world_size} processes")
-        return
-    build_trainer(config, inputs).run()
+    return config, check_inputs(config)
+
+
+def _prepare_together(options: argparse.Namespace, world_size: int) -> tuple[Config, Inputs]:
+    """As :func:`_prepare`, on every rank of the job: what is wrong on one node ends the job on all of them."""
+    problem: OpsdError | None = None
+    prepared: tuple[Config, Inputs] | None = None
+    try:
+        prepared = _prepare(options, world_size)
+    except OpsdError as error:
+        problem = error
+    if world_size > 1:
+        from opsd_megatron.distributed.agreement import agree
+        from opsd_megatron.distributed.parallel import join_world
+
+        join_world()
+        agree(problem, "" if prepared is None else json.dumps([asdict(prepared[0]), prepared[1].identity]))
+    if problem is not None:
+        raise problem
+    assert prepared is not None
+    return prepared
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of processes")
+    return value
 
 
 def main() -> int:
@@ -132,4 +171,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status:
+        # At once: the engine's and the process groups' own endings wait for ranks that may have given up as well.
+        sys.stdout.flush()
+        os._exit(status)

@@ -126,8 +126,9 @@ class PromptBuilder:
         self.shortened_references = 0
         if max_new_tokens >= max_length:
             raise ConfigError(
-                f"rollout.max_new_tokens={max_new_tokens} leaves no room for a prompt within the {max_length} tokens "
-                "of model.max_length (by default the model's max_position_embeddings); lower the former"
+                f"responses of {max_new_tokens} tokens (rollout.max_new_tokens, evaluation.max_new_tokens) leave no room "
+                f"for a prompt within the {max_length} tokens of model.max_length (by default the model's "
+                "max_position_embeddings); lower the former"
             )
         _check_chat_template(self, tokenizer, config)
         # What the chat template adds around a message, in bytes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ class StepReporter:
         writer: ``metrics.jsonl``; ``None`` on every rank but 0.
         progress: Bar or lines; ``None`` on every rank but 0.
         save_rollouts: Write each step's rollouts to ``rollouts/step_N.jsonl``.
+        first_divergence: The unclipped divergence of the run's first step, where that has been reported.
     """
 
     output_dir: Path
     writer: MetricsWriter | None
     progress: Progress | None
     save_rollouts: bool
-    _first_divergence: float | None = field(default=None, init=False)
+    first_divergence: float | None = None
 
     def evaluation(self, step: int, result: dict[str, Any] | None, timer: PhaseTimer) -> None:
         """Report an evaluation that belongs to no optimizer step (the one before the first)."""
@@ -111,12 +112,12 @@ class StepReporter:
         divergence = line.get("divergence")
         if divergence is None:
             return None
-        if self._first_divergence is None:
-            self._first_divergence = divergence
-        if line["loss"] < 0 and divergence >= self._first_divergence:
+        if self.first_divergence is None:
+            self.first_divergence = divergence
+        if line["loss"] < 0 and divergence >= self.first_divergence:
             return (
                 f"the loss is negative ({line['loss']:.4g}) while the unclipped divergence ({divergence:.4g}) has not "
-                f"fallen since the start ({self._first_divergence:.4g}): the clip drives the gradient, not the "
+                f"fallen since the start ({self.first_divergence:.4g}): the clip drives the gradient, not the "
                 "teacher; see objective.clip_mode"
             )
         return None

@@ -66,13 +66,16 @@ def make_trainable(model: HiddenStatesGPT, config: Config) -> Trainable:
 
 
 def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    decay_steps = steps if settings.decay_steps is None else settings.decay_steps
+    if settings.schedule == "constant":
+        decay_steps = max(decay_steps, settings.warmup_steps + 1)  # there is none, but Megatron wants one that fits
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.lr if settings.schedule == "constant" else settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=steps if settings.decay_steps is None else settings.decay_steps,
+        lr_decay_steps=decay_steps,
         lr_decay_style=settings.schedule,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

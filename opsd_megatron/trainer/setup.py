@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
-from opsd_megatron.checkpoint.state import check_output_dir, latest_checkpoint, load_checkpoint, load_model_weights
+from opsd_megatron.checkpoint.state import (
+    agreed_checkpoint,
+    check_checkpoint,
+    check_output_dir,
+    load_checkpoint,
+    load_model_weights,
+)
 from opsd_megatron.config import Config
 from opsd_megatron.data.problems import load_problems
 from opsd_megatron.data.prompts import PromptBuilder, check_prompts, check_supervised, shuffled_references
 from opsd_megatron.data.sampler import ProblemSampler
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.distributed.seed import seed_everything
-from opsd_megatron.errors import ModelError
+from opsd_megatron.errors import ConfigError, ModelError
 from opsd_megatron.evaluation.evaluate import Evaluator, check_answers, sampling_of
+from opsd_megatron.models.backends import choose_backend
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh, read_spec, resolve_model_path
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
 from opsd_megatron.objectives import build_objective
 from opsd_megatron.rollout.engine import RolloutEngine
 from opsd_megatron.rollout.scripted import ScriptedEngine
-from opsd_megatron.rollout.vllm_engine import VllmEngine
+from opsd_megatron.rollout.vllm_engine import VllmEngine, stop_token_ids
 from opsd_megatron.teacher.policies import FrozenTeacher, LiveTeacher, TeacherPolicy
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.telemetry.metrics import MetricsWriter
 from opsd_megatron.telemetry.progress import Progress
+from opsd_megatron.trainer.identity import run_identity
 from opsd_megatron.trainer.metrics import StepReporter
 from opsd_megatron.trainer.optimizer import make_trainable
 from opsd_megatron.trainer.trainer import Trainer
@@ -47,7 +58,8 @@ class Inputs:
         tokenizer: Its tokenizer.
         problems: Training problems.
         eval_problems: Held-out problems; empty without ``data.eval``.
-        prompts: Renders prompts.
+        prompts: Renders prompts for training.
+        eval_prompts: The same with the room that evaluation's responses need.
         references: What the teacher sees beyond each training problem, by problem id.
         identity: What tells this run's checkpoints from another's.
     """
@@ -58,6 +70,7 @@ class Inputs:
     problems: Sequence[Problem]
     eval_problems: Sequence[Problem]
     prompts: PromptBuilder
+    eval_prompts: PromptBuilder
     references: Mapping[str, str | None]
     identity: dict[str, Any]
 
@@ -68,35 +81,38 @@ def check_inputs(config: Config) -> Inputs:
     Raises:
         OpsdError: One of them is wrong; nothing has been started or written.
     """
+    output_dir = Path(config.output_dir)
+    check_writable(output_dir)
     source = resolve_model_path(config.model.path)
     spec = read_spec(source)
     check_mesh(spec, config)
-    if config.model.checkpoint is None:
-        check_tensors(spec, SafetensorsReader(source))
-    identity = run_identity(config)
-    check_output_dir(Path(config.output_dir), identity, resume=config.checkpoint.resume)
+    _check_weights(config, source, spec)
     sft = config.objective.name == "sft"
-    privileged = config.data.privileged
     problems = load_problems(
-        config.data, config.data.train, needs_solution=not sft and privileged != "none", needs_response=sft
+        config.data,
+        config.data.train,
+        needs_solution=not sft and config.data.privileged != "none",
+        needs_response=sft,
     )
     eval_problems: list[Problem] = []
     if config.data.eval is not None:
         eval_problems = load_problems(config.data, config.data.eval, needs_solution=False, needs_response=False)
         eval_problems = eval_problems[: config.evaluation.max_problems]
         check_answers(eval_problems)
-    tokenizer = _load_tokenizer(source)
-    prompts = PromptBuilder(
-        tokenizer,
-        config.data,
-        max_length=config.model.max_length or spec.max_positions,
-        max_new_tokens=max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0),
-    )
+    tokenizer = _load_tokenizer(source, spec)
+    max_length = config.model.max_length or spec.max_positions
+    # Supervised targets bring their own length; nothing is sampled after those prompts.
+    room = 1 if sft else config.rollout.max_new_tokens
+    prompts = PromptBuilder(tokenizer, config.data, max_length=max_length, max_new_tokens=room)
+    eval_room = sampling_of(config).max_new_tokens if eval_problems else room
+    eval_prompts = PromptBuilder(tokenizer, config.data, max_length=max_length, max_new_tokens=eval_room)
     if sft:
         check_supervised(problems, prompts)
     else:
         check_prompts(problems, prompts, with_teacher=True)
-    check_prompts(eval_problems, prompts, with_teacher=False)
+    check_prompts(eval_problems, eval_prompts, with_teacher=False)
+    identity = run_identity(config, source, problems, max_length)
+    check_output_dir(output_dir, identity, resume=config.checkpoint.resume)
     return Inputs(
         source=source,
         spec=spec,
@@ -104,35 +120,57 @@ def check_inputs(config: Config) -> Inputs:
         problems=problems,
         eval_problems=eval_problems,
         prompts=prompts,
-        references=_references(problems, privileged, seed=config.train.seed),
+        eval_prompts=eval_prompts,
+        references=_references(problems, config.data.privileged, seed=config.train.seed),
         identity=identity,
     )
 
 
-def run_identity(config: Config) -> dict[str, Any]:
-    """The settings that make two runs the same run; a checkpoint of one cannot be continued as another.
+def check_writable(output_dir: Path) -> None:
+    """Check that ``output_dir`` is a directory this process may write to, or can be made; makes nothing.
 
-    The mesh, the number of steps and everything about evaluation and saving may change on resume.
+    Raises:
+        ConfigError: It is not.
     """
-    whole = asdict(config)
-    identity: dict[str, Any] = {key: whole[key] for key in ("objective", "teacher", "optimizer")}
-    identity["objective"].pop("chunk_rows")
-    identity["model"] = {key: whole["model"][key] for key in ("path", "checkpoint", "dtype")}
-    identity["data"] = {key: value for key, value in whole["data"].items() if key != "eval"}
-    sampled = ("temperature", "top_p", "top_k", "max_new_tokens", "samples_per_problem")
-    identity["rollout"] = {key: whole["rollout"][key] for key in sampled}
-    identity["train"] = {key: whole["train"][key] for key in ("seed", "problems_per_step")}
-    return identity
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir={output_dir}: {existing} is a file; choose another directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={output_dir}: no permission to write to {existing}; choose another directory")
 
 
-def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+def _check_weights(config: Config, source: Path, spec: Qwen3Spec) -> None:
+    """The initial weights, and what the engine needs beside them."""
+    if config.model.checkpoint is None:
+        check_tensors(spec, SafetensorsReader(source))
+    else:
+        check_checkpoint(Path(config.model.checkpoint), spec)
+    if not config.needs_engine:
+        return
+    if config.rollout.engine == "scripted":
+        assert config.rollout.script is not None, "Config.validate demands a script"
+        ScriptedEngine(config.rollout.script)
+    else:
+        stop_token_ids(source)
+
+
+def _load_tokenizer(source: Path, spec: Qwen3Spec) -> PreTrainedTokenizerBase:
+    if not ((source / "tokenizer.json").is_file() or (source / "vocab.json").is_file()):
+        raise ModelError(f"{source} has no tokenizer.json; copy the model's tokenizer files there")
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)  # type: ignore[no-any-return]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:  # transformers raises whatever the broken file led to
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ModelError(
-            f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy tokenizer.json and "
-            "tokenizer_config.json of the model there"
+            f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {reason}); copy the model's "
+            "tokenizer files there again"
         ) from error
+    if len(tokenizer) > spec.vocab_size:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size={spec.vocab_size} has no "
+            "embedding for the last of them; they are of different models"
+        )
+    return tokenizer
 
 
 def _references(problems: Sequence[Problem], privileged: str, *, seed: int) -> dict[str, str | None]:
@@ -150,6 +188,8 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
     Raises:
         OpsdError: The engine cannot start, or weights or a checkpoint cannot be read.
     """
+    # Here and not with the inputs: those may be checked on a machine without the GPUs of the run.
+    choose_backend(config.model.backend, dtype=config.model.dtype, on_cuda=torch.cuda.is_available())
     dims = ParallelDims.initialize(config.parallel)
     seed_everything(config.train.seed, dims)
     # The engine first: it sizes its cache by the free device memory, then sleeps while the trainer moves in.
@@ -161,7 +201,7 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
         len(inputs.problems), config.train.problems_per_step, seed=config.train.seed, shuffle=config.data.shuffle
     )
     completed = 0
-    newest = latest_checkpoint(Path(config.output_dir) / "checkpoints") if config.checkpoint.resume else None
+    newest = agreed_checkpoint(Path(config.output_dir) / "checkpoints") if config.checkpoint.resume else None
     if newest is not None:
         state = load_checkpoint(newest, model=trainable.model, optimizer=trainable.optimizer)
         sampler.load_state_dict(state.sampler)
@@ -219,7 +259,7 @@ def _evaluator(config: Config, inputs: Inputs) -> Evaluator | None:
         return None
     return Evaluator(
         inputs.eval_problems,
-        inputs.prompts,
+        inputs.eval_prompts,
         inputs.tokenizer,
         config.evaluation,
         sampling=sampling_of(config),
@@ -233,17 +273,41 @@ def _reporter(config: Config, dims: ParallelDims, completed: int) -> StepReporte
     if dims.rank != 0:
         return StepReporter(output_dir, writer=None, progress=None, save_rollouts=False)
     _write_config(output_dir / "config.yaml", config)
+    for folder in ("rollouts", "evaluations"):
+        _set_aside_later(output_dir / folder, completed)
+    writer = MetricsWriter(output_dir / "metrics.jsonl", resume_step=completed)
+    progress = Progress(config.train.steps, initial=completed)
+    if config.checkpoint.resume:
+        progress.message(f"resuming after step {completed}" if completed else "no checkpoint to resume from: step 0")
     return StepReporter(
         output_dir,
-        writer=MetricsWriter(output_dir / "metrics.jsonl", resume_step=completed),
-        progress=Progress(config.train.steps, initial=completed),
+        writer=writer,
+        progress=progress,
         save_rollouts=config.rollout.save,
+        first_divergence=_first_divergence(output_dir / "metrics.jsonl"),
     )
 
 
 def _write_config(path: Path, config: Config) -> None:
     """Write the resolved configuration; a differing one of the run's earlier part is set aside, not overwritten."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    settings = asdict(config)
+    settings["checkpoint"]["resume"] = False  # says how the program was called, not what the run is
+    text = yaml.safe_dump(settings, sort_keys=False)
     if path.exists() and path.read_text() != text:
         set_aside(path)
     write_atomically(path, [text])
+
+
+def _set_aside_later(folder: Path, completed: int) -> None:
+    """Set aside the files ``step_N.jsonl`` of steps that this run does anew: of an earlier run, or after a resume."""
+    for path in sorted(folder.glob("step_*.jsonl")):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and (completed == 0 or int(number) > completed):
+            set_aside(path)
+
+
+def _first_divergence(metrics: Path) -> float | None:
+    """The unclipped divergence of the run's first step, where its line is kept."""
+    with metrics.open() as file:
+        values = (json.loads(line).get("divergence") for line in file)
+        return next((value for value in values if isinstance(value, float)), None)

@@ -49,15 +49,20 @@ def optimizer_step(
     Ranks: every rank, with equal numbers of micro-batches.
 
     Raises:
-        FloatingPointError: The loss is not finite; the weights are left as they were. (A gradient that is not finite
-            stops in Megatron's own check, before the update as well.)
+        FloatingPointError: The loss or a gradient is not finite; the weights are left as they were.
     """
     trainable.model.zero_grad_buffer()
     trainable.optimizer.zero_grad()
-    outputs = _forward_backward(trainable.model, objective, micro_batches, targets, dims)
+    try:
+        outputs = _forward_backward(trainable.model, objective, micro_batches, targets, dims)
+    except RuntimeError as error:
+        # Megatron's check of the gradients before they are reduced, which has no type of its own.
+        if "grad norm" not in str(error):
+            raise
+        raise FloatingPointError("a gradient is not finite") from error
     metrics, rows = _reduce_metrics(outputs, micro_batches, dims)
     if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(f"the loss is {metrics['loss']}; the weights were not updated")
+        raise FloatingPointError(f"the loss is {metrics['loss']}")
     # The schedule counts from 1, so that warm-up does not spend its first step at a learning rate of 0 and the last
     # step ends the decay.
     trainable.scheduler.step(1)

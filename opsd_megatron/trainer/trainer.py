@@ -15,7 +15,7 @@ from opsd_megatron.data.packing import pack, plan_micro_batches
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.data.sampler import ProblemSampler
 from opsd_megatron.distributed.parallel import ParallelDims
-from opsd_megatron.errors import EngineError
+from opsd_megatron.errors import EngineError, TrainingError
 from opsd_megatron.evaluation.evaluate import Evaluator
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.objectives.base import Objective
@@ -26,7 +26,10 @@ from opsd_megatron.telemetry.timers import PhaseTimer
 from opsd_megatron.trainer.metrics import StepReporter
 from opsd_megatron.trainer.optimizer import Trainable
 from opsd_megatron.trainer.step import StepResult, optimizer_step
-from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout
+from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
+
+# Keeps the seeds of rollouts apart from those of evaluation.
+_ROLLOUT_SEEDS = 0
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Trainer:
         reporter: Writes metrics and shows progress.
         identity: What tells this run's checkpoints from another's.
         completed: Optimizer steps done so far.
+        engine_version: Optimizer steps behind the engine's weights; -1 while it has none of the trainer's.
     """
 
     config: Config
@@ -68,11 +72,16 @@ class Trainer:
     reporter: StepReporter
     identity: dict[str, Any]
     completed: int = 0
+    engine_version: int = -1
 
     def run(self) -> None:
-        """Train to ``train.steps``, evaluating and saving as configured."""
+        """Train to ``train.steps``, evaluating and saving as configured, and free the engine.
+
+        Raises:
+            TrainingError: The loss or a gradient is not finite.
+            EngineError: The engine's log-probs are further from the trainer's than ``rollout.max_log_prob_gap``.
+        """
         timer = PhaseTimer()
-        self._sync(timer)
         if self.completed == 0 and self.config.evaluation.at_start:
             self.reporter.evaluation(0, self._evaluate(0, timer), timer)
         timer = PhaseTimer()
@@ -83,29 +92,40 @@ class Trainer:
             timer = PhaseTimer()
             self._save(timer)
         self.reporter.close()
+        if self.engine is not None:
+            self.engine.close()
 
     def _step(self, timer: PhaseTimer) -> None:
         step = self.completed + 1
         problems = [self.problems[index] for index in self.sampler.next()]
-        with timer("rollout"):
-            rollouts = self._rollouts(problems, step)
+        rollouts = self._rollouts(problems, step, timer)
+        self.reporter.rollouts(step, rollouts)
         with timer("pack"):
             samples = self.objective.samples(problems, rollouts)
             micro_batches = self._micro_batches(samples)
         with timer("teacher"):
             targets = [None] * len(micro_batches) if self.teacher is None else self.teacher.targets(micro_batches)
         with timer("student"):
-            result = optimizer_step(self.trainable, self.objective, micro_batches, targets, self.dims)
-        self._check_engine(result, step)
+            result = self._update(step, micro_batches, targets)
         self.completed = step
         if self.teacher is not None:
             self.teacher.after_step()
-        self._sync(timer)
-        self.reporter.rollouts(step, rollouts)
         evaluation = self._evaluate(step, timer)
         self.reporter.step(step, result, samples, rollouts, evaluation, timer)
+        self._check_engine(result, step)
 
-    def _rollouts(self, problems: Sequence[Problem], step: int) -> list[Rollout]:
+    def _update(
+        self, step: int, micro_batches: Sequence[PackedMicroBatch], targets: Sequence[TeacherTargets | None]
+    ) -> StepResult:
+        try:
+            return optimizer_step(self.trainable, self.objective, micro_batches, targets, self.dims)
+        except FloatingPointError as error:
+            raise TrainingError(
+                f"step {step}: {error}; the weights are those of step {step - 1}. Lower optimizer.lr or "
+                "optimizer.clip_grad, and continue from a checkpoint with checkpoint.resume=true"
+            ) from error
+
+    def _rollouts(self, problems: Sequence[Problem], step: int, timer: PhaseTimer) -> list[Rollout]:
         """Sample the responses of one step.
 
         Every seed depends on the run's seed and the step only, so that a resumed run draws what an uninterrupted one
@@ -114,14 +134,17 @@ class Trainer:
         if not self.objective.needs_rollouts:
             return []
         assert self.engine is not None
+        self._sync(self.engine, timer)
         settings = self.config.rollout
         repeated = [problem for problem in problems for _ in range(settings.samples_per_problem)]
         prompts = [self.prompts.student(problem) for problem in repeated]
-        seeds = np.random.SeedSequence([self.config.train.seed, step]).generate_state(len(prompts)) % 2**31
+        entropy = [self.config.train.seed, _ROLLOUT_SEEDS, step]
+        seeds = np.random.SeedSequence(entropy).generate_state(len(prompts)) % 2**31
         sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
-        self.engine.wake_up()
-        generations = self.engine.generate(prompts, sampling, seeds=seeds.tolist())
-        self.engine.sleep()
+        with timer("rollout"):
+            self.engine.wake_up()
+            generations = self.engine.generate(prompts, sampling, seeds=seeds.tolist())
+            self.engine.sleep()
         return [
             Rollout(problem, tuple(prompt), generation, policy_version=step - 1)
             for problem, prompt, generation in zip(repeated, prompts, generations, strict=True)
@@ -140,11 +163,13 @@ class Trainer:
             for indices in plan[self.dims.dp_rank]
         ]
 
-    def _sync(self, timer: PhaseTimer) -> None:
-        if self.engine is not None:
+    def _sync(self, engine: RolloutEngine, timer: PhaseTimer) -> None:
+        """Bring the engine to the trainer's weights, right before it samples; at the start and after a resume too."""
+        if self.engine_version != self.completed:
             with timer("sync"):
                 # Asleep, the engine wakes for its weights only: its cache stays released while tensors stream in.
-                sync_weights(self.engine, self.trainable.model.module, self.spec, self.dims)
+                sync_weights(engine, self.trainable.model.module, self.spec, self.dims)
+            self.engine_version = self.completed
 
     def _evaluate(self, step: int, timer: PhaseTimer) -> dict[str, Any] | None:
         """Evaluate where the configuration asks for it after ``step`` steps (0: before the first)."""
@@ -153,6 +178,7 @@ class Trainer:
         due = step == 0 or (settings.every and step % settings.every == 0) or (last and settings.at_end)
         if self.evaluator is None or self.engine is None or not due:
             return None
+        self._sync(self.engine, timer)
         with timer("evaluation"):
             self.engine.wake_up()
             result = self.evaluator.evaluate(self.engine, step)
@@ -179,7 +205,7 @@ class Trainer:
     def _check_engine(self, result: StepResult, step: int) -> None:
         bound = self.config.rollout.max_log_prob_gap
         gap = result.metrics.get("log_prob_gap")
-        if bound is not None and gap is not None and gap > bound:
+        if bound is not None and gap is not None and not gap <= bound:  # so that NaN is no agreement
             raise EngineError(
                 f"step {step}: the engine's log-probs differ from the trainer's by {gap:.3g} on average, more "
                 f"than rollout.max_log_prob_gap={bound}; the engine does not hold the trainer's weights, or the two "

@@ -57,7 +57,9 @@ def test_steps_sample_train_and_synchronise(finished: Path) -> None:
         # Steps 2 and 3 sampled with weights that only a synchronisation can have brought.
         assert line["policy_version"] == line["step"] - 1
         assert 0 < line["log_prob_gap_max"] < ROUNDING
-        assert {"rollout", "teacher", "student", "sync"} <= line["seconds"].keys()
+        assert {"rollout", "teacher", "student"} <= line["seconds"].keys()
+    # The evaluation before the first step has brought the first weights.
+    assert ["sync" in line["seconds"] for line in (before, *lines)] == [True, False, True, True]
     assert lines[-1]["eval"]["samples_per_problem"] == 2
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from opsd_megatron.train import run
+from tests.distributed import run_distributed
 from tests.functional.runs import SmallRun, make_small_run, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,36 @@ def test_two_agents_run_one_job(small: SmallRun, tmp_path: Path) -> None:
     outputs = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     assert [line["step"] for line in read_metrics(output)] == [1, 2]
+
+
+def test_bad_input_on_one_node_ends_the_job_on_all(small: SmallRun, tmp_path: Path) -> None:
+    """The second node lacks the data: both end, and each says why."""
+    port = free_port()
+    agents = [
+        start(
+            [
+                *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node)),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+            ],
+            small.overrides(tmp_path / "run", steps=1, data__train=data),
+        )
+        for node, data in enumerate([small.data, tmp_path / "absent.jsonl"])
+    ]
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert all(agent.returncode != 0 for agent in agents)
+    assert "error: on rank 1: " in outputs[0] and "absent.jsonl" in outputs[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_nodes_with_different_settings_are_told(small: SmallRun, tmp_path: Path) -> None:
+    run_ = tmp_path / "run"
+    with pytest.raises(AssertionError, match="rank 1 was started with other settings"):
+        run_distributed(_run_with_own_seed, 2, small.overrides(run_, steps=1, parallel__tensor=2))
+    assert not run_.exists()
+
+
+def _run_with_own_seed(overrides: list[str]) -> None:
+    run([*overrides, f"train.seed={os.environ['RANK']}"])
 
 
 def test_bad_input_stops_every_rank_with_one_line(small: SmallRun, tmp_path: Path) -> None:

@@ -68,6 +68,24 @@ def test_mesh_invariance(
             assert line[key] == pytest.approx(expected[key], rel=1e-4), (line["step"], key)
 
 
+def test_bf16_trains_close_to_float32(small: SmallRun, reference: list[dict[str, float]], tmp_path: Path) -> None:
+    """bf16 weights and activations with float32 reductions: the first step agrees to bf16's two to three digits."""
+    output = tmp_path / "run"
+    keys = {"parallel__tensor": 2, "parallel__sequence": True, "model__dtype": "bfloat16"}
+    run_distributed(run, 2, small.overrides(output, steps=3, **keys))
+    lines = read_metrics(output)
+    assert lines[0]["loss"] == pytest.approx(reference[0]["loss"], rel=0.05)
+    assert lines[0]["grad_norm"] == pytest.approx(reference[0]["grad_norm"], rel=0.05)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_run_that_blows_up_says_so(small: SmallRun, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    huge = {"optimizer__lr": 1e30, "optimizer__clip_grad": 0}
+    with pytest.raises(AssertionError, match=r"TrainingError: step \d: .*Lower optimizer\.lr"):
+        run_distributed(run, 1, small.overrides(output, steps=4, **huge))
+
+
 def test_equal_prompts_and_weights_give_nothing_to_learn(small: SmallRun, tmp_path: Path) -> None:
     """A live teacher that sees the student's prompt is the student: loss and gradient are exactly zero."""
     output = tmp_path / "run"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from opsd_megatron.errors import ConfigError, DataError, ModelError, OpsdError
+from opsd_megatron.errors import CheckpointError, ConfigError, DataError, ModelError, OpsdError
 from opsd_megatron.train import compose_config
-from opsd_megatron.trainer.setup import check_inputs, run_identity
+from opsd_megatron.trainer.setup import _set_aside_later, check_inputs
 from tests.functional.runs import SmallRun, make_small_run
+from tests.tiny import make_tiny_qwen3
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_good_run_passes_and_writes_nothing(small: SmallRun, tmp_path: Path) -
         ),
         ({"parallel__pipeline": 3}, ConfigError, "parallel.pipeline=3 does not divide the model's 4 layers"),
         ({"model__max_length": 4096}, ConfigError, "model.max_length=4096"),
-        ({"rollout__max_new_tokens": 256}, ConfigError, "rollout.max_new_tokens=256 leaves no room"),
+        ({"rollout__max_new_tokens": 256}, ConfigError, r"leaves? no room"),
         ({"data__problem_column": "question"}, DataError, "data.problem_column"),
         ({"data__max_prompt_tokens": 5}, DataError, "train.jsonl:1: the student prompt has"),
     ],
@@ -93,10 +94,103 @@ def test_evaluation_needs_answers(small: SmallRun, tmp_path: Path) -> None:
         check_inputs(config)
 
 
-def test_identity_ignores_the_mesh_and_notices_the_objective(small: SmallRun, tmp_path: Path) -> None:
-    config = compose_config(small.overrides(tmp_path, steps=1))
-    identity = run_identity(config)
-    config.parallel.tensor, config.train.steps, config.objective.chunk_rows = 2, 50, 3
-    assert run_identity(config) == identity
-    config.objective.beta = 0.0
-    assert run_identity(config) != identity
+def test_unwritable_output(small: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file"):
+        check(small, tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="is a file"):
+        check(small, tmp_path / "file")
+
+
+def test_tokenizer_and_model_belong_together(small: SmallRun, tmp_path: Path) -> None:
+    other = shutil.copytree(small.model, tmp_path / "other")
+    tokenizer = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(tokenizer[: len(tokenizer) // 2])
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded") as raised:
+        check(small, tmp_path / "run", model__path=other)
+    assert "\n" not in str(raised.value)
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        check(small, tmp_path / "run", model__path=other)
+    narrow = make_tiny_qwen3(tmp_path / "narrow", vocab_size=200, with_tokenizer=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(small.model / name, narrow / name)
+    with pytest.raises(ModelError, match=r"261 tokens.*vocab_size=200"):
+        check(small, tmp_path / "run", model__path=narrow)
+
+
+def test_checkpoint_to_start_from_must_exist(small: SmallRun, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        check(small, tmp_path / "run", model__checkpoint=tmp_path / "nowhere")
+
+
+def test_evaluation_does_not_take_room_from_training(small: SmallRun, tmp_path: Path) -> None:
+    """Long evaluation responses leave the training prompts as they are, and the other way round."""
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text('{"problem": "1+1", "answer": "2"}\n')
+    keys = {"data__eval": held_out, "evaluation__max_new_tokens": 200, "rollout__max_new_tokens": 24}
+    inputs = check_inputs(compose_config(small.overrides(tmp_path / "run", steps=1, scripted=False, **keys)))
+    assert inputs.prompts.max_new_tokens == 24
+    assert inputs.eval_prompts.max_new_tokens == 200
+
+
+def test_supervised_runs_sample_nothing(small: SmallRun, tmp_path: Path) -> None:
+    check(small, tmp_path / "run", objective="sft", rollout__max_new_tokens=4096)
+
+
+def identity(small: SmallRun, tmp_path: Path, **keys: object) -> dict[str, object]:
+    config = compose_config(small.overrides(tmp_path / "run", steps=4, **keys))
+    return check_inputs(config).identity
+
+
+def test_identity_ignores_what_may_change(small: SmallRun, tmp_path: Path) -> None:
+    same = identity(small, tmp_path)
+    moved = shutil.copytree(small.model, tmp_path / "moved")
+    assert identity(small, tmp_path, model__path=moved) == same
+    assert identity(small, tmp_path, parallel__tensor=2, objective__chunk_rows=3, train__steps=50) == same
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"objective__beta": 0.0},
+        {"rollout__temperature": 0.5},
+        {"data__privileged": "none"},
+        {"model__max_length": 250},
+        {"optimizer__schedule": "cosine"},
+    ],
+)
+def test_identity_notices_settings(small: SmallRun, tmp_path: Path, keys: dict[str, object]) -> None:
+    assert identity(small, tmp_path, **keys) != identity(small, tmp_path)
+
+
+def test_a_longer_run_may_not_bend_its_schedule(small: SmallRun, tmp_path: Path) -> None:
+    cosine = {"optimizer__schedule": "cosine"}
+    assert identity(small, tmp_path, **cosine) != identity(small, tmp_path, train__steps=6, **cosine)
+    fixed = {**cosine, "optimizer__decay_steps": 4}
+    assert identity(small, tmp_path, **fixed) == identity(small, tmp_path, train__steps=6, **fixed)
+
+
+def test_identity_notices_contents(small: SmallRun, tmp_path: Path) -> None:
+    """Files that change under the same name: weights, data, template."""
+    same = identity(small, tmp_path)
+    other = make_tiny_qwen3(tmp_path / "other", seed=1)
+    assert identity(small, tmp_path, model__path=other) != same
+    template = tmp_path / "teacher.txt"
+    template.write_text(small.teacher_template.read_text() + " Go on.")
+    assert identity(small, tmp_path, data__teacher_template=template) != same
+    data = tmp_path / "train.jsonl"
+    data.write_text(small.data.read_text().replace("Add", "Sum", 1))
+    assert identity(small, tmp_path, data__train=data) != same
+
+
+def test_an_earlier_runs_files_are_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    for step in (1, 2, 3):
+        (folder / f"step_{step}.jsonl").write_text(str(step))
+    _set_aside_later(folder, completed=2)
+    assert {path.name for path in folder.glob("step_*.jsonl")} == {"step_1.jsonl", "step_2.jsonl"}
+    _set_aside_later(folder, completed=0)
+    assert not list(folder.glob("step_*.jsonl"))
+    assert sorted(path.read_text() for path in folder.iterdir()) == ["1", "2", "3"]
