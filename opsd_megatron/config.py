@@ -122,7 +122,8 @@ class DataConfig:
         privileged: What the teacher sees beyond the problem: the ``reference``, ``none`` (control: the student's own
             prompt), or ``shuffled`` (control: the reference of another problem).
         max_prompt_tokens: Longest student prompt, in training and evaluation; ``None``: whatever leaves room for the
-            response. A longer one is an error, named by its line. A teacher prompt that does not fit has its *solution* shortened.
+            response. A longer one is an error, named by its line. A teacher prompt that does not fit has its *solution*
+            shortened.
         shuffle: Draw problems in a seeded random order, a new one each epoch.
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -122,6 +123,9 @@ def _prepare(options: argparse.Namespace, world_size: int) -> tuple[Config, Inpu
     # Megatron-Core names every optional GPU library that is absent, on every rank, and torch what it deprecates.
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Megatron-Core asks tensors for gradients they do not keep, by way of the CPU stand-ins; nothing reads them.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     # Imported late: a bad configuration is reported without waiting for Megatron-Core.
     from opsd_megatron.trainer.setup import check_inputs
 

@@ -126,8 +126,8 @@ class PromptBuilder:
         self.shortened_references = 0
         if max_new_tokens >= max_length:
             raise ConfigError(
-                f"responses of {max_new_tokens} tokens (rollout.max_new_tokens, evaluation.max_new_tokens) leave no room "
-                f"for a prompt within the {max_length} tokens of model.max_length (by default the model's "
+                f"responses of {max_new_tokens} tokens (rollout.max_new_tokens, evaluation.max_new_tokens) leave no "
+                f"room for a prompt within the {max_length} tokens of model.max_length (by default the model's "
                 "max_position_embeddings); lower the former"
             )
         _check_chat_template(self, tokenizer, config)

@@ -222,12 +222,6 @@ def _check_engine(spec: Qwen3Spec, config: Config) -> None:
             f"rollout.tensor={tensor} does not fit the model's {spec.num_heads} attention heads, {spec.num_kv_heads} "
             f"key/value heads and {spec.ffn_size} FFN rows; {config.parallel.tensor}, as parallel.tensor, would"
         )
-    length = spec.max_positions if config.model.max_length is None else config.model.max_length
-    if config.rollout.max_new_tokens >= length:
-        raise ConfigError(
-            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt: sequences hold "
-            f"{length} tokens (model.max_length, by default the model's max_position_embeddings)"
-        )
 
 
 def _divisors(number: int) -> list[int]:

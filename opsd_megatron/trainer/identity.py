@@ -23,7 +23,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "me
 def run_identity(config: Config, source: Path, problems: Sequence[Problem], max_length: int) -> dict[str, Any]:
     """The settings and inputs that a run must keep on resume.
 
-    The mesh, the number of steps, and everything about evaluation and saving may change.
+    The mesh, the number of steps, and everything about evaluation and saving may change; not whether optimizer state is
+    sharded, which is stored in another form.
 
     Args:
         config: The run.
@@ -51,6 +52,7 @@ def run_identity(config: Config, source: Path, problems: Sequence[Problem], max_
     identity["data"] = _data(config.data, problems)
     sampled = ("temperature", "top_p", "top_k", "max_new_tokens", "samples_per_problem")
     identity["rollout"] = {key: whole["rollout"][key] for key in sampled}
+    identity["parallel"] = {"distributed_optimizer": config.parallel.distributed_optimizer}
     identity["train"] = {key: whole["train"][key] for key in ("seed", "problems_per_step")}
     return identity
 

@@ -188,9 +188,7 @@ def test_supervised_keeps_room_for_its_own_target(tokenizer: PreTrainedTokenizer
 
 
 def test_no_room_for_any_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(
-        ConfigError, match=r"rollout\.max_new_tokens=64 leaves no room .* 64 tokens of model\.max_length"
-    ):
+    with pytest.raises(ConfigError, match=r"responses of 64 tokens .* leave no room .* 64 tokens of model\.max_length"):
         builder(tokenizer, max_length=64, new=64)
 
 
