@@ -1,0 +1,265 @@
+"""The loss against what everyone writes: ``python benchmarks/loss.py [--hidden 1024 ...] [--rows 256 1024 4096 ...]``.
+
+One forward and backward pass of the clipped Jensen-Shannon divergence from hidden states, at Qwen3's vocabulary, on one
+rank. The dense version keeps the logits and lets autograd do the rest. Runs of the two are interleaved; times are
+medians and mean something as ratios within one run only. Memory is the peak above the inputs and the gradients that are
+handed out. The machine's own matrix-product rate is measured between the runs, on the products that the loss needs:
+two of logits and two of gradients, 8 R H V operations. Writes a Markdown table and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses import linear_divergence
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+VOCAB = 151_936
+BETA, CLIP = 0.5, 0.05
+GIB = 2**30
+# The dense version keeps about this many [R, V] float32 tensors; sizes that would not fit are left out.
+DENSE_TENSORS = 9
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Both sides' hidden states ``[R, H]`` and heads ``[V, H]``; the student's take gradients."""
+
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+
+    @staticmethod
+    def draw(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Random inputs whose two sides differ a little, as a student and its teacher do."""
+        generator = torch.Generator(device=device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        states, head = normal(rows, hidden), normal(VOCAB, hidden) / math.sqrt(hidden)
+        return Inputs(
+            states.to(dtype).requires_grad_(),
+            head.to(dtype).requires_grad_(),
+            (states + 0.3 * normal(rows, hidden)).to(dtype),
+            head.to(dtype, copy=True),
+        )
+
+    def clear(self) -> None:
+        """Drop the gradients of an earlier run."""
+        self.student_hidden.grad = self.student_head.grad = None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Size of the gradients that a run hands out."""
+        return self.student_hidden.nbytes + self.student_head.nbytes
+
+
+def ours(inputs: Inputs) -> Tensor:
+    """This package's loss."""
+    return linear_divergence(
+        inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head, beta=BETA, clip=CLIP
+    ).sum()
+
+
+def dense(inputs: Inputs) -> Tensor:
+    """The same by its definition, logits and all."""
+    s = (inputs.student_hidden @ inputs.student_head.T).float().log_softmax(-1)
+    with torch.no_grad():
+        t = (inputs.teacher_hidden @ inputs.teacher_head.T).float().log_softmax(-1)
+    m = torch.logaddexp(s + math.log(1 - BETA), t + math.log(BETA))
+    d = BETA * t.exp() * (t - m) + (1 - BETA) * s.exp() * (s - m)
+    return d.clamp(max=CLIP).sum()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds and peak bytes above inputs and gradients of one forward and backward pass."""
+
+    seconds: float
+    extra_bytes: int
+
+
+class Meter:
+    """Measures a pass on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def measure(self, loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Cost:
+        """One forward and backward pass."""
+        inputs.clear()
+        before = self._reset()
+        started = self._now()
+        loss(inputs).backward()
+        seconds = self._now() - started
+        return Cost(seconds, max(0, self._peak() - before - inputs.gradient_bytes))
+
+    def products(self, inputs: Inputs) -> float:
+        """Seconds that the four matrix products alone take, each at its best of two."""
+        with torch.no_grad():
+            states, head = inputs.student_hidden.detach(), inputs.student_head.detach()
+            rows = min(states.shape[0], 256)  # logits of more rows need not fit
+            logits = states[:rows] @ head.T
+            total = torch.zeros_like(head)
+            times = [
+                self._best(lambda: states[:rows] @ head.T),
+                self._best(lambda: states[:rows] @ head.T),
+                self._best(lambda: logits @ head),
+                self._best(lambda: total.addmm_(logits.T, states[:rows])),
+            ]
+        return sum(times) * states.shape[0] / rows
+
+    def _best(self, product: Callable[[], Tensor]) -> float:
+        times = []
+        for _ in range(2):
+            started = self._now()
+            product()
+            times.append(self._now() - started)
+        return min(times)
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _reset(self) -> int:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set
+        return _status("VmRSS")
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one size; dense ones are ``None`` where it does not fit."""
+
+    hidden: int
+    rows: int
+    ours: Cost
+    dense: Cost | None
+    products: float
+
+    @property
+    def rate(self) -> float:
+        """Share of the machine's own matrix-product rate."""
+        return self.products / self.ours.seconds
+
+    def cells(self) -> list[str]:
+        """The table's cells."""
+        if self.dense is None:
+            other, ratio, memory = "does not fit", "", ""
+        else:
+            other = f"{self.dense.seconds:.2f} / {self.dense.extra_bytes / GIB:.2f}"
+            ratio = f"{self.ours.seconds / self.dense.seconds:.2f}"
+            memory = f"1/{self.dense.extra_bytes / max(self.ours.extra_bytes, 1):.1f}"
+        mine = f"{self.ours.seconds:.2f} / {self.ours.extra_bytes / GIB:.2f}"
+        return [str(self.hidden), str(self.rows), mine, other, ratio, memory, f"{self.rate:.0%}"]
+
+
+def run(hidden: int, rows: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Row:
+    """Measure one size, the two versions in turn."""
+    inputs, meter = Inputs.draw(rows, hidden, dtype, device), Meter(device)
+    fits = DENSE_TENSORS * rows * VOCAB * 4 < _free_bytes(device)
+    mine: list[Cost] = []
+    other: list[Cost] = []
+    products: list[float] = []
+    for turn in range(repeats + 1):
+        costs = [(mine, meter.measure(ours, inputs))]
+        if fits:
+            costs.append((other, meter.measure(dense, inputs)))
+        if turn:  # the first turn warms up
+            for kept, cost in costs:
+                kept.append(cost)
+            products.append(meter.products(inputs))
+    return Row(hidden, rows, _median(mine), _median(other) if fits else None, statistics.median(products))
+
+
+def _median(costs: list[Cost]) -> Cost:
+    return Cost(statistics.median(c.seconds for c in costs), int(statistics.median(c.extra_bytes for c in costs)))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+HEADER = ["H", "R", "ours: s / GiB", "dense: s / GiB", "time", "memory", "of matmul rate"]
+
+
+def table(results: list[Row]) -> str:
+    """All figures as a Markdown table."""
+    lines = [HEADER, ["---"] * len(HEADER), *(row.cells() for row in results)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def picture(results: list[Row], path: Path) -> None:
+    """Time and memory of both versions over rows, one line for each hidden size."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for number, hidden in enumerate(sorted({row.hidden for row in results})):
+        mine = [row for row in results if row.hidden == hidden]
+        both = [row for row in mine if row.dense is not None]
+        style = {"color": f"C{number}", "marker": "o"}
+        for axis, value in ((axes[0], lambda c: c.seconds), (axes[1], lambda c: c.extra_bytes / GIB)):
+            axis.plot([r.rows for r in mine], [value(r.ours) for r in mine], label=f"ours, H {hidden}", **style)
+            axis.plot([r.rows for r in both], [value(r.dense) for r in both], "--", label=f"dense, H {hidden}", **style)
+    for axis, label in ((axes[0], "seconds, forward and backward"), (axes[1], "GiB above inputs and gradients")):
+        axis.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024])
+    parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end=""
+    )
+    print(f"V {VOCAB}, beta {BETA}, clip {CLIP}, {options.dtype}, medians of {options.repeats}\n", flush=True)
+    results = []
+    for hidden in options.hidden:
+        for rows in options.rows:
+            results.append(run(hidden, rows, options.repeats, getattr(torch, options.dtype), device))
+            print("measured H {} R {}".format(*results[-1].cells()), flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    picture(results, options.output / f"loss_{options.dtype}.png")
+    print("\n" + table(results))
+
+
+if __name__ == "__main__":
+    main()
