@@ -51,9 +51,13 @@ class Run:
         return self.accuracies[max(self.accuracies)]
 
     def seconds_by_phase(self) -> dict[str, float]:
-        """Median seconds a step of each phase that every step has."""
-        phases = set.intersection(*(set(step["seconds"]) for step in self.steps))
-        return {phase: _median([step["seconds"][phase] for step in self.steps]) for phase in sorted(phases)}
+        """Median seconds a step of each phase that most steps have (evaluations are rare)."""
+        seconds = [step["seconds"] for step in self.steps]
+        usual = {
+            phase: [each[phase] for each in seconds if phase in each]
+            for phase in ("rollout", "pack", "teacher", "student", "sync")
+        }
+        return {phase: _median(values) for phase, values in usual.items() if 2 * len(values) > len(seconds)}
 
 
 def read_run(directory: Path) -> Run:

@@ -26,7 +26,8 @@ SCRIPTS = Path("examples", "quickstart")
 TO_HUGGING_FACE = Path("tools", "checkpoint", "megatron_to_hf.py")
 # Two ranks stand for two devices. One thread each: on a model this small, more only wait for each other.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opsd_megatron.train")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# torch's C++ side would otherwise report in every rank how it binds memory.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 STAGES = 8
 
 

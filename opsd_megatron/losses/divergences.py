@@ -91,7 +91,7 @@ class Entries:
         slope: ``h = a g + c e^s`` with ``a`` the mask of entries not clipped. Adding a multiple ``c`` of ``e^s`` leaves
             the gradient of the loss with respect to the logits, ``h - e^s sum(h)``, as it is; ``c`` is such that ``h``
             is exactly zero wherever ``s == t`` and nothing is clipped, so equal sides get an exactly zero gradient.
-        clipped: Which entries are clipped; ``None`` where no entry can be.
+        clipped: 1 where an entry is clipped, else 0, in the dtype of the rest; ``None`` where no entry can be.
     """
 
     student_prob: Tensor
@@ -121,26 +121,33 @@ def divergence_entries(student_log_prob: Tensor, teacher_log_prob: Tensor, spec:
         else:
             slope, centre = value + p, -1
     else:
-        s_m, t_m = _against_mixture(s, t, spec.beta)
-        slope = s_m.mul_(p).mul_(1 - spec.beta)
-        value = t_m.mul_(q).mul_(spec.beta).add_(slope)
+        s_below, t_below = _below_mixture(s, t, spec.beta)
+        slope = s_below.mul_(p).mul_(spec.beta - 1)
+        value = torch.addcmul(slope, q, t_below, value=-spec.beta)
     clipped: Tensor | None = None
     if spec.entry_clip is not None:
-        clipped = value >= spec.entry_clip
-        slope = slope.masked_fill_(clipped, 0)
+        # Arithmetic on 0 and 1 instead of boolean masks: on CPU those are not vectorised and cost more than exp().
+        clipped = value.clone().ge_(spec.entry_clip)
+        slope = torch.addcmul(slope, slope, clipped, value=-1)
     if centre:
         slope = slope.add_(p, alpha=centre)
     return Entries(p, q, value, slope, clipped)
 
 
-def _against_mixture(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """``s - log m`` and ``t - log m`` for the mixture ``m = (1-beta) e^s + beta e^t``.
+def _below_mixture(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``log m - s`` and ``log m - t`` for the mixture ``m = (1-beta) e^s + beta e^t``.
 
     Uses ``log m - s = log1p(beta expm1(x))`` with ``x = t - s`` where ``x <= 0``, and the mirror image elsewhere, so
     nothing overflows and both results are exactly zero where ``s == t``. A logaddexp of the two would leave a rounding
     error there, and the divergence of nearly equal sides is made of little else.
     """
     x = t - s
-    weight = torch.full_like(x, beta).masked_fill_(x > 0, 1 - beta)
-    u = weight.mul_(torch.expm1(-x.abs())).log1p_()
-    return -(u + x.clamp(min=0)), -(u + (-x).clamp(min=0))
+    above = x.clamp(min=0)
+    decay = torch.sub(x, above, alpha=2).expm1_()  # expm1(-|x|)
+    if beta == 0.5:
+        decay.mul_(0.5)
+    else:
+        decay.mul_(x.clone().gt_(0).mul_(1 - 2 * beta).add_(beta))  # by 1 - beta where x > 0, else by beta
+    common = decay.log1p_()
+    s_below = common + above
+    return s_below, common.add_(above.sub_(x))

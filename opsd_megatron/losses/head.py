@@ -39,24 +39,40 @@ class Head:
     def _mixed(self) -> bool:
         return self.weight.dtype in (torch.bfloat16, torch.float16)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[r, H] -> [r, columns]`` in float32 (float64 for float64)."""
-        return self._product(hidden.to(self.weight.dtype), self.weight.t())
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """``[r, H] -> [r, columns]`` in float32 (float64 for float64).
+
+        Args:
+            hidden: Hidden states of any dtype.
+            out: Buffer of at least ``r`` rows to write to, from :meth:`buffer`. Fresh memory for every chunk would be
+                paid for page by page.
+        """
+        return self._product(hidden.to(self.weight.dtype), self.weight.t(), out)
+
+    def buffer(self, rows: int) -> Tensor:
+        """Memory for the logits of up to ``rows`` rows."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.new_empty((rows, self.weight.shape[0]), dtype=dtype)
 
     def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
         """This rank's part of the hidden states' gradient, ``[r, columns] -> [r, H]``; the rest is on other ranks."""
         return self._product(grad_logits.to(self.weight.dtype), self.weight)
 
-    def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-        """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place."""
+    def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place; the first one is written."""
         dtype = self.weight.dtype
         if self._mixed:
-            total.add_(self._product(grad_logits.to(dtype).t(), hidden.to(dtype)))
+            product = self._product(grad_logits.to(dtype).t(), hidden.to(dtype))
+            total.copy_(product) if first else total.add_(product)
+        elif first:
+            torch.mm(grad_logits.t(), hidden.to(dtype), out=total)
         else:
             total.addmm_(grad_logits.t(), hidden.to(dtype))
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mm(left, right, out_dtype=torch.float32) if self._mixed else torch.mm(left, right)
+    def _product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._mixed:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.mm(left, right, out=None if out is None else out[: left.shape[0]])
 
 
 class HeadGradients:
@@ -72,7 +88,8 @@ class HeadGradients:
         self._hidden_in, self._weight_in, self._shard = hidden, weight, shard
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self._hidden = torch.zeros_like(hidden, dtype=dtype) if for_hidden else None
-        self._weight = torch.zeros_like(weight, dtype=dtype) if for_weight else None
+        self._weight = torch.empty_like(weight, dtype=dtype) if for_weight else None
+        self._empty = True
 
     @property
     def head(self) -> Head:
@@ -90,7 +107,8 @@ class HeadGradients:
             self._hidden[rows] = self._head.hidden_gradient(grad_logits)
         if self._weight is not None:
             true_rows = self._weight[: self._shard.columns]
-            self._head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows])
+            self._head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows], first=self._empty)
+        self._empty = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """The complete gradients of ``hidden`` and ``weight`` in their own dtypes.
@@ -98,6 +116,8 @@ class HeadGradients:
         Ranks: all of the shard's group. One all-reduce, of the hidden gradient, if it is asked for and has rows.
         """
         hidden, weight = self._hidden, self._weight
+        if weight is not None:
+            weight[0 if self._empty else self._shard.columns :].zero_()
         if hidden is not None and hidden.shape[0]:
             self._shard.sum_(hidden)
         return (
@@ -123,6 +143,17 @@ def row_blocks(rows: slice, shard: VocabShard) -> Iterator[slice]:
     step = max(1, _BLOCK_ELEMENTS // shard.width) if on_cpu and shard.group is None else whole
     for start in range(rows.start, rows.stop, step):
         yield slice(start, min(start + step, rows.stop))
+
+
+def keep_small_blocks_mapped() -> None:
+    """Have the C library keep the memory of freed temporaries, instead of returning it after every block.
+
+    glibc maps and unmaps every allocation above a threshold, and gives back the top of its heap above twice as much;
+    each time the kernel zeroes the pages anew, which takes longer than the arithmetic on them. Freeing one allocation of
+    just under 32 MiB raises the threshold to that size (mallopt(3), M_MMAP_THRESHOLD). Nothing is touched, so this costs
+    microseconds; elsewhere than on glibc it does nothing.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, chunk_rows: int | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd_megatron.losses.divergences import ClipMode, DivergenceSpec
-from opsd_megatron.losses.head import Head, HeadGradients, check_head, row_blocks, row_chunks
+from opsd_megatron.losses.head import Head, HeadGradients, check_head, keep_small_blocks_mapped, row_blocks, row_chunks
 from opsd_megatron.losses.rows import Diagnostics, RowResults, evaluate_rows, logit_gradient
 from opsd_megatron.losses.shard import VocabShard, check_rows, check_targets
 
@@ -157,10 +157,15 @@ class _LinearDivergence(torch.autograd.Function):
             student_hidden, student_weight, task.shard, for_hidden=for_hidden, for_weight=for_weight
         )
         teacher_head = Head(teacher_weight, task.shard)
+        if student_hidden.device.type == "cpu":
+            keep_small_blocks_mapped()
+        chunks = list(row_chunks(student_hidden.shape[0], task.shard, task.chunk_rows))
+        largest = chunks[0].stop if chunks else 0
+        buffers = gradients.head.buffer(largest), teacher_head.buffer(largest)
         blocks: list[RowResults] = []
-        for rows in row_chunks(student_hidden.shape[0], task.shard, task.chunk_rows):
-            student_logits = gradients.head.logits(student_hidden[rows])
-            teacher_logits = teacher_head.logits(teacher_hidden[rows])
+        for rows in chunks:
+            student_logits = gradients.head.logits(student_hidden[rows], buffers[0])
+            teacher_logits = teacher_head.logits(teacher_hidden[rows], buffers[1])
             for block in row_blocks(rows, task.shard):
                 local = slice(block.start - rows.start, block.stop - rows.start)
                 blocks.append(

@@ -192,8 +192,9 @@ def _normalise(
     """Turn both logit blocks into log-probabilities over the whole vocabulary, in place; two collectives."""
     local_max = torch.stack([shard.row_max(student), shard.row_max(teacher)])
     maxima = shard.max_(local_max).unsqueeze(2)
-    top1 = _shared_maximum(student, teacher, maxima)
     centred = [_centre(student, maxima[0], spec.temperature), _centre(teacher, maxima[1], spec.temperature)]
+    # Both sides are at most 0 now, and their sum is 0 only where both are: at an entry most likely for both.
+    top1 = shard.row_max(centred[0] + centred[1]).eq_(0)
     sums = [side.exp().sum(1) for side in centred]
     if target_ids is not None:
         # The diagnostics are at temperature 1: they need that temperature's normaliser too, unless it is the same one.
@@ -221,14 +222,9 @@ def _centre(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _shared_maximum(student: Tensor, teacher: Tensor, maxima: Tensor) -> Tensor:
-    """How many of this rank's columns are most likely for both sides, ``[r]``."""
-    return ((student == maxima[0]) & (teacher == maxima[1])).sum(1).to(student.dtype)
-
-
 def _clip_sums(entries: Entries, spec: DivergenceSpec) -> list[Tensor]:
     """This rank's part of the clipped loss, the number of clipped entries and the teacher's probability on them."""
-    assert entries.clipped is not None
-    clipped = entries.clipped.to(entries.value.dtype)
+    clipped = entries.clipped
+    assert clipped is not None
     loss = entries.value.clamp_(max=spec.entry_clip).sum(1)
     return [loss, clipped.sum(1), clipped.mul_(entries.teacher_prob).sum(1)]
