@@ -149,9 +149,9 @@ def keep_small_blocks_mapped() -> None:
     """Have the C library keep the memory of freed temporaries, instead of returning it after every block.
 
     glibc maps and unmaps every allocation above a threshold, and gives back the top of its heap above twice as much;
-    each time the kernel zeroes the pages anew, which takes longer than the arithmetic on them. Freeing one allocation of
-    just under 32 MiB raises the threshold to that size (mallopt(3), M_MMAP_THRESHOLD). Nothing is touched, so this costs
-    microseconds; elsewhere than on glibc it does nothing.
+    each time the kernel zeroes the pages anew, which takes longer than the arithmetic on them. Freeing one allocation
+    of just under 32 MiB raises the threshold to that size (mallopt(3), M_MMAP_THRESHOLD). Nothing is touched, so this
+    costs microseconds; elsewhere than on glibc it does nothing.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
