@@ -366,7 +366,8 @@ class _LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor._base is None:
+            # Bytes are no logits: see keep_small_blocks_mapped.
+            if isinstance(tensor, Tensor) and tensor._base is None and tensor.is_floating_point():
                 self.elements = max(self.elements, tensor.numel())
         return result
 
