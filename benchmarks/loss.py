@@ -31,8 +31,8 @@ import matplotlib.pyplot as plt
 VOCAB = 151_936
 BETA, CLIP = 0.5, 0.05
 GIB = 2**30
-# The dense version keeps about this many [R, V] float32 tensors; sizes that would not fit are left out.
-DENSE_TENSORS = 9
+# The dense version holds about this many [R, V] float32 tensors at its peak; sizes that would not fit are left out.
+DENSE_TENSORS = 12
 
 
 @dataclass(frozen=True)
