@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -58,11 +58,14 @@ class Objective(Protocol):
         ...
 
 
-def sequence_mean_weights(samples: Sequence[AlignedSample]) -> list[float]:
-    """Row weights that turn the mean over all rows into the mean over sequences of each one's mean per token.
+def with_row_weights(samples: Sequence[AlignedSample], reduction: str) -> list[AlignedSample]:
+    """The samples with the row weights that make ``objective.reduction`` of a mean over all rows.
 
-    With N sequences of n_i rows, ``sum_i n_i / (N n_i)`` weights make
+    ``token`` leaves them as they are. ``sequence`` is the mean over sequences of each one's mean per token: with N
+    sequences of n_i rows, weights ``w_i = sum(n) / (N n_i)`` make
     ``1/sum(n) * sum_i w_i sum_r l_ir == 1/N * sum_i 1/n_i sum_r l_ir``.
     """
+    if reduction == "token":
+        return list(samples)
     rows = sum(len(sample.response_ids) for sample in samples)
-    return [rows / (len(samples) * len(sample.response_ids)) for sample in samples]
+    return [replace(sample, row_weight=rows / (len(samples) * len(sample.response_ids))) for sample in samples]

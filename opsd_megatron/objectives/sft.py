@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from opsd_megatron.config import ObjectiveConfig
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.losses import linear_cross_entropy
-from opsd_megatron.objectives.base import LossOutput, sequence_mean_weights
+from opsd_megatron.objectives.base import LossOutput, with_row_weights
 from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
 
 
@@ -40,10 +40,7 @@ class Sft:
         for problem in problems:
             prompt_ids, response_ids = self.prompts.supervised(problem)
             samples.append(AlignedSample(prompt_ids, None, response_ids))
-        if self.config.reduction == "sequence":
-            weights = sequence_mean_weights(samples)
-            samples = [replace(sample, row_weight=weight) for sample, weight in zip(samples, weights, strict=True)]
-        return samples
+        return with_row_weights(samples, self.config.reduction)
 
     def loss(
         self, hidden: Tensor, head_weight: Tensor, batch: PackedMicroBatch, targets: TeacherTargets | None

@@ -122,7 +122,8 @@ class Trainer:
         except FloatingPointError as error:
             raise TrainingError(
                 f"step {step}: {error}; the weights are those of step {step - 1}. Lower optimizer.lr or "
-                "optimizer.clip_grad, and continue from a checkpoint with checkpoint.resume=true"
+                "optimizer.clip_grad in a new output_dir; model.checkpoint=DIR starts it, its frozen teacher too, from "
+                "one of this run's checkpoints"
             ) from error
 
     def _rollouts(self, problems: Sequence[Problem], step: int, timer: PhaseTimer) -> list[Rollout]:

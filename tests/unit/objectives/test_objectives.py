@@ -10,7 +10,6 @@ from opsd_megatron.config import Config, ObjectiveConfig
 from opsd_megatron.data.packing import pack
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.objectives import build_objective
-from opsd_megatron.objectives.base import sequence_mean_weights
 from opsd_megatron.objectives.opsd import Opsd
 from opsd_megatron.objectives.sft import Sft
 from opsd_megatron.types import AlignedSample, Generation, Problem, Rollout, TeacherTargets
@@ -52,7 +51,6 @@ def test_sequence_reduction_is_the_mean_over_sequences_of_their_means() -> None:
     losses = [[6.0], [1.0, 2.0, 3.0]]
     weighted = sum(s.row_weight * loss for s, row in zip(samples, losses, strict=True) for loss in row)
     assert weighted / 4 == pytest.approx((6.0 + 2.0) / 2)
-    assert sequence_mean_weights(samples) == [s.row_weight for s in samples]
     assert [s.row_weight for s in opsd().samples([PROBLEM], [rollout(7)])] == [1.0]
 
 
