@@ -9,9 +9,11 @@ process as they are touched, and the library's writer needs a whole shard in mem
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,24 +112,27 @@ class SafetensorsReader:
         """The file that holds a tensor, for messages."""
         return self._entry(name).file
 
-    def get(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read a tensor, or some of its rows, into fresh memory on the CPU.
+    def get(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """Read a tensor, or some of its rows or columns, into fresh memory on the CPU.
 
         Args:
             name: One of :meth:`names`.
             rows: Contiguous range of the first dimension; ``None`` for all. Only these bytes are read.
+            columns: Contiguous range of a matrix's second dimension; not together with ``rows``. Only these bytes are
+                read.
 
         Raises:
             ModelError: There is no such tensor, or its file has changed or cannot be read.
-            ValueError: ``rows`` has a step other than 1.
+            ValueError: A range has a step other than 1, or both are given.
         """
         entry = self._entry(name)
+        if columns is not None:
+            if rows is not None or len(entry.shape) != 2:
+                raise ValueError("columns are those of a whole matrix")
+            return _read_columns(entry, *_bounds(columns, entry.shape[1]))
         shape, begin, end = entry.shape, entry.begin, entry.end
         if rows is not None:
-            start, stop, step = rows.indices(shape[0])
-            if step != 1:
-                raise ValueError(f"rows must be contiguous, not {rows}")
-            stop = max(start, stop)
+            start, stop = _bounds(rows, shape[0])
             row_bytes = (end - begin) // shape[0] if shape[0] else 0
             begin, end = begin + start * row_bytes, begin + stop * row_bytes
             shape = (stop - start, *shape[1:])
@@ -216,18 +221,45 @@ def _numel(shape: tuple[int, ...]) -> int:
     return count
 
 
+def _bounds(wanted: slice, size: int) -> tuple[int, int]:
+    """First and past-the-last index of a contiguous range."""
+    start, stop, step = wanted.indices(size)
+    if step != 1:
+        raise ValueError(f"a range must be contiguous, not {wanted}")
+    return start, max(start, stop)
+
+
 def _read_exactly(file: Path, offset: int, into: bytearray) -> None:
-    view = memoryview(into)
     try:
         with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            while view:
-                count = stream.readinto(view)
-                if not count:
-                    raise ModelError(f"{file} ended {len(view)} bytes early: it changed while it was being read")
-                view = view[count:]
+            _fill(file, stream, offset, memoryview(into))
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
+
+
+def _read_columns(entry: _Entry, start: int, stop: int) -> Tensor:
+    """Columns ``start`` to ``stop`` of a matrix, row by row into the result."""
+    rows, columns = entry.shape
+    data = bytearray(rows * (stop - start) * entry.dtype.itemsize)
+    if not data:
+        return torch.empty(rows, stop - start, dtype=entry.dtype)
+    view, size = memoryview(data), len(data) // rows
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            for row in range(rows):
+                offset = entry.begin + (row * columns + start) * entry.dtype.itemsize
+                _fill(entry.file, stream, offset, view[row * size : (row + 1) * size])
+    except OSError as error:
+        raise ModelError(f"{entry.file} cannot be read: {error}") from error
+    return torch.frombuffer(data, dtype=entry.dtype).reshape(rows, stop - start)
+
+
+def _fill(file: Path, stream: FileIO, offset: int, view: memoryview) -> None:
+    while view:
+        count = os.preadv(stream.fileno(), [view], offset)
+        if not count:
+            raise ModelError(f"{file} ended {len(view)} bytes early: it changed while it was being read")
+        view, offset = view[count:], offset + count
 
 
 def write_hf_directory(

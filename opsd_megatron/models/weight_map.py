@@ -42,8 +42,8 @@ class TensorReader(Protocol):
         """Data type of a tensor, without reading it."""
         ...
 
-    def get(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some of its rows, on the CPU."""
+    def get(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows or columns (not both), on the CPU."""
         ...
 
 
@@ -219,7 +219,7 @@ def _list(names: list[str], most: int = 5) -> str:
 
 
 def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: int, tp_rank: int) -> Tensor:
-    """This tensor-parallel rank's shard of a parameter, in the stored dtype; reads only its rows where it can."""
+    """This tensor-parallel rank's shard of a parameter, in the stored dtype; reads no other rank's rows or columns."""
 
     def part(size: int) -> slice:
         return slice(size // tp * tp_rank, size // tp * (tp_rank + 1))
@@ -229,7 +229,7 @@ def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: i
     if kind == "whole":
         return reader.get(names[0])
     if kind == "columns":
-        return reader.get(names[0])[:, part(reader.shape(names[0])[1])]
+        return reader.get(names[0], columns=part(reader.shape(names[0])[1]))
     if kind == "gate_up":
         return torch.cat([reader.get(name, part(spec.ffn_size)) for name in names])
     if kind == "vocab":

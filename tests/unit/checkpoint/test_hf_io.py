@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,30 @@ def test_rows(tmp_path: Path, rows: slice) -> None:
         assert torch.equal(reader.get(name, rows), tensors[name][rows])
     with pytest.raises(ValueError, match="contiguous"):
         reader.get("b.weight", slice(0, 6, 2))
+
+
+@pytest.mark.parametrize("columns", [slice(1, 3), slice(0, 4), slice(2, 2), slice(3, 100), slice(-2, None)])
+def test_columns_are_read_without_the_others(tmp_path: Path, columns: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = _tensors()
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    reader = SafetensorsReader(tmp_path)
+    read = []
+
+    def count(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(len(buffers[0]))
+        return preadv(descriptor, buffers, offset)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", count)
+    for name in ("b.weight", "a.weight"):
+        read.clear()
+        expected = tensors[name][:, columns]
+        assert torch.equal(reader.get(name, columns=columns), expected)
+        assert sum(read) == expected.numel() * expected.element_size()
+    with pytest.raises(ValueError, match="whole matrix"):
+        reader.get("scalar", columns=slice(0, 1))
+    with pytest.raises(ValueError, match="whole matrix"):
+        reader.get("b.weight", slice(0, 1), slice(0, 1))
 
 
 def test_reads_shards_and_any_file_naming(tmp_path: Path) -> None:

@@ -51,8 +51,9 @@ class DictReader:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
-    def get(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
+    def get(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        tensor = self.tensors[name] if rows is None else self.tensors[name][rows]
+        return tensor if columns is None else tensor[:, columns]
 
 
 class WithFiles(DictReader):
