@@ -58,13 +58,16 @@ class ParallelConfig:
 
     Attributes:
         tensor: Tensor-parallel size; divides the model's key/value heads.
-        pipeline: Pipeline stages; divides the model's layers.
+        pipeline: Pipeline stages. Where they do not divide the model's layers, the last ones hold one layer fewer.
+        virtual_stages: Chunks of the model on each pipeline rank (Megatron's interleaved schedule). Above 1,
+            micro-batches pass round the ranks so many times, and the pipeline idles less at both ends of a step.
         sequence: Shard activations outside attention and MLP along the sequence (needs ``tensor > 1``).
         distributed_optimizer: Shard optimizer state over data-parallel ranks.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_stages: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
 
@@ -336,6 +339,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "model.max_length": (2, None),
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
+    "parallel.virtual_stages": (1, None),
     "objective.beta": (0, 1),
     "objective.chunk_rows": (1, None),
     "data.max_prompt_tokens": (1, None),
@@ -408,6 +412,11 @@ def _check_mesh(config: Config, world_size: int) -> None:
             f"the world size {world_size} is not a multiple of parallel.tensor * parallel.pipeline = "
             f"{config.parallel.tensor} * {config.parallel.pipeline}; start a multiple of {model_ranks} processes "
             "(torchrun --nnodes * --nproc-per-node) or change the mesh"
+        )
+    if config.parallel.virtual_stages > 1 and config.parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_stages={config.parallel.virtual_stages} interleaves the stages of a pipeline: it needs "
+            "parallel.pipeline > 1"
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true shards over tensor-parallel ranks: it needs parallel.tensor > 1")

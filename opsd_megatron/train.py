@@ -107,8 +107,13 @@ def run(arguments: list[str]) -> None:
         config = compose_config(options.overrides, options.config_dir)
         print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
     elif options.check is not None:
-        _prepare(options, options.check)
+        config, inputs = _prepare(options, options.check)
         print(f"valid for {options.check} processes")
+        if config.parallel.pipeline > 1:
+            from opsd_megatron.models.stages import describe_stages
+
+            stages = config.parallel.pipeline, config.parallel.virtual_stages
+            print(describe_stages(inputs.spec.num_layers, pp=stages[0], vpp=stages[1]))
     else:
         config, inputs = _prepare_together(options, int(os.environ.get("WORLD_SIZE", "1")))
         from opsd_megatron.trainer.setup import build_trainer

@@ -139,14 +139,15 @@ def checkpoint_logits(checkpoint: str | Path, sequences: list[list[int]]) -> lis
         max_seqlen=max(lengths),
         rows=torch.arange(sum(lengths)),
     )
-    with _model(spec, torch.float32) as (model, _), torch.no_grad():
-        load_model_weights(checkpoint, model)
+    with _model(spec, torch.float32) as (chunks, _), torch.no_grad():
+        load_model_weights(checkpoint, chunks)
+        (model,) = chunks  # without a pipeline
         logits = forward_packed(model, packed).squeeze(1) @ model.output_head().T
     return list(logits[:, : spec.vocab_size].split(lengths))
 
 
 @contextmanager
-def _model(spec: Qwen3Spec, dtype: torch.dtype) -> Iterator[tuple[HiddenStatesGPT, ParallelDims]]:
+def _model(spec: Qwen3Spec, dtype: torch.dtype) -> Iterator[tuple[list[HiddenStatesGPT], ParallelDims]]:
     """An uninitialised model on a mesh of this one process."""
     config = Config()
     config.model.backend = "torch"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def save_checkpoint(
     directory: str | Path,
     *,
     state: TrainerState,
-    model: nn.Module,
+    model: Sequence[nn.Module],
     optimizer: MegatronOptimizer | None = None,
     source: str | Path,
 ) -> None:
@@ -79,7 +80,7 @@ def save_checkpoint(
         directory: ``.../checkpoints/step_N`` for a run, any name for a converted model. On a file system that all
             ranks share.
         state: The trainer's small state.
-        model: The model, wrapped for data parallelism or not.
+        model: This rank's chunks of the model, wrapped for data parallelism or not.
         optimizer: Its optimizer; ``None`` saves weights only.
         source: Hugging Face directory whose configuration and tokenizer go along.
 
@@ -130,7 +131,7 @@ def _finish(directory: Path, record: dict[str, Any], source: Path) -> None:
 def load_checkpoint(
     directory: str | Path,
     *,
-    model: nn.Module,
+    model: Sequence[nn.Module],
     optimizer: MegatronOptimizer | None = None,
 ) -> TrainerState:
     """Load a checkpoint of any mesh into a model and its optimizer.
@@ -180,7 +181,7 @@ def _check_optimizer(directory: Path, theirs: dict[str, Any] | None, ours: dict[
         )
 
 
-def load_model_weights(directory: str | Path, model: nn.Module) -> None:
+def load_model_weights(directory: str | Path, model: Sequence[nn.Module]) -> None:
     """Load only the weights of a checkpoint of any mesh. Build the optimizer afterwards.
 
     Ranks: every rank of the world.
@@ -361,14 +362,14 @@ def _read_record(directory: Path) -> dict[str, Any]:
     return record  # type: ignore[no-any-return]
 
 
-def _check_vocabulary(directory: Path, model: nn.Module) -> None:
+def _check_vocabulary(directory: Path, model: Sequence[nn.Module]) -> None:
     """Megatron-Core cuts or zero-fills a vocabulary of another size, taking the difference for padding."""
     file = directory / HF_FOLDER / "config.json"
     try:
         theirs = int(json.loads(file.read_text(encoding="utf-8"))["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}): the checkpoint is damaged, use another") from error
-    module, tp = torch_dist.unwrap(model), _mesh(model)["tensor"]
+    module, tp = torch_dist.unwrap(model[0]), _mesh(model)["tensor"]
     if module.vocab_size != -(-theirs // tp) * tp:
         raise CheckpointError(
             f"{directory} has a vocabulary of {theirs}, this model one of {module.vocab_size}: it was saved from a "
@@ -388,6 +389,6 @@ def _not_a_checkpoint(directory: Path) -> str:
     return f"{directory} is not a complete checkpoint: it has no {_TRAINER_FILE}"
 
 
-def _mesh(model: nn.Module) -> dict[str, int]:
-    groups = torch_dist.unwrap(model).pg_collection
+def _mesh(model: Sequence[nn.Module]) -> dict[str, int]:
+    groups = torch_dist.unwrap(model[0]).pg_collection
     return {"tensor": groups.tp.size(), "pipeline": groups.pp.size(), "data": groups.dp.size()}

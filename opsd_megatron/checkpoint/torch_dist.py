@@ -10,7 +10,7 @@ failure on one rank is raised on all of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -86,22 +86,27 @@ def on_rank_zero(action: Callable[..., T], *args: Any) -> T:
     return cast(T, result)
 
 
-def model_state(model: nn.Module) -> dict[str, Any]:
-    """The model's tensors with their place in the global ones. Building it moves no data.
+def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The model's tensors with their place in the global ones, by chunk. Building it moves no data.
 
     Module "extra states" (8-bit scaling factors) are left out: nothing here uses them, and which modules have one
     depends on the backend, while a checkpoint of one backend loads in the other.
     """
-    module = unwrap(model)
-    state = module.sharded_state_dict(metadata={**_METADATA, "dp_cp_group": module.pg_collection.dp_cp})
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    states = {}
+    for number, chunk in enumerate(chunks):
+        module = unwrap(chunk)
+        state = module.sharded_state_dict(metadata={**_METADATA, "dp_cp_group": module.pg_collection.dp_cp})
+        states[str(number)] = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    return states
 
 
-def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+def load_model_state(chunks: Sequence[nn.Module], states: dict[str, Any]) -> None:
     """Hand what :func:`read` returned for :func:`model_state` to the model."""
-    left_out = unwrap(model).load_state_dict(state, strict=False)
-    wrong = [name for name in (*left_out.missing_keys, *left_out.unexpected_keys) if not name.endswith("_extra_state")]
-    assert not wrong, f"the model's state dict and its sharded one have different names: {wrong}"
+    for number, chunk in enumerate(chunks):
+        left_out = unwrap(chunk).load_state_dict(states[str(number)], strict=False)
+        names = (*left_out.missing_keys, *left_out.unexpected_keys)
+        wrong = [name for name in names if not name.endswith("_extra_state")]
+        assert not wrong, f"the model's state dict and its sharded one have different names: {wrong}"
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def _work(student_tokens: int, teacher_tokens: int) -> int:
     return 3 * student_tokens + teacher_tokens
 
 
-def plan_micro_batches(samples: Sequence[AlignedSample], *, dp_size: int, token_budget: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    samples: Sequence[AlignedSample], *, dp_size: int, token_budget: int, count_multiple_of: int = 1
+) -> list[list[list[int]]]:
     """Share samples out over data-parallel ranks and micro-batches.
 
     Samples go to ranks, the most work first and each to the least loaded rank. Every rank then runs as many
@@ -58,6 +60,8 @@ def plan_micro_batches(samples: Sequence[AlignedSample], *, dp_size: int, token_
         samples: All samples of the step, in the same order on every rank.
         dp_size: Data-parallel ranks.
         token_budget: Most tokens of a micro-batch, on either side. A longer sample is alone in its micro-batch.
+        count_multiple_of: The number of micro-batches becomes a multiple of this: Megatron's interleaved schedule takes
+            as many at a time as there are pipeline ranks.
 
     Returns:
         Indices into ``samples`` as ``[data-parallel rank][micro-batch][sample]``. Every rank has the same number of
@@ -74,11 +78,12 @@ def plan_micro_batches(samples: Sequence[AlignedSample], *, dp_size: int, token_
     for share in shares:
         share.sort(key=lambda i: (-longest_side[i], i))
     count = max(1, *(_first_fit(samples, share, token_budget) for share in shares))
+    count += -count % count_multiple_of
     while True:
         plan = [_spread(samples, share, count, token_budget) for share in shares]
         if all(rank is not None for rank in plan):
             return [rank for rank in plan if rank is not None]
-        count += 1  # ends: with a micro-batch for every sample there is always an empty one
+        count += count_multiple_of  # ends: with a micro-batch for every sample there is always an empty one
 
 
 def _first_fit(samples: Sequence[AlignedSample], order: Sequence[int], token_budget: int) -> int:

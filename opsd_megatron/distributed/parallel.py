@@ -29,7 +29,8 @@ class ParallelDims:
 
     Attributes:
         tp: Tensor-parallel size.
-        pp: Pipeline stages.
+        pp: Pipeline ranks.
+        vpp: Chunks of the model on each of them; above 1 the pipeline is interleaved.
         dp: Data-parallel size.
         sequence_parallel: Whether activations are sharded over ``tp_group`` along the sequence outside attention and
             MLP.
@@ -41,6 +42,7 @@ class ParallelDims:
 
     tp: int
     pp: int
+    vpp: int
     dp: int
     sequence_parallel: bool
     rank: int
@@ -68,12 +70,14 @@ class ParallelDims:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
             distributed_timeout_minutes=_TIMEOUT // timedelta(minutes=1),
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return ParallelDims(
             tp=parallel.tensor,
             pp=parallel.pipeline,
+            vpp=parallel.virtual_stages,
             dp=groups.dp.size(),
             sequence_parallel=parallel.sequence and parallel.tensor > 1,
             rank=dist.get_rank(),
@@ -114,7 +118,7 @@ class ParallelDims:
 
     @property
     def pp_rank(self) -> int:
-        """This rank's pipeline stage."""
+        """This rank's place in the pipeline."""
         return self.pp_group.rank()
 
     @property
@@ -124,17 +128,17 @@ class ParallelDims:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this stage embeds the tokens."""
+        """Whether this rank embeds the tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this stage holds the output head and computes the loss."""
+        """Whether this rank holds the output head and computes the loss."""
         return self.pp_rank == self.pp - 1
 
     @property
     def last_stage_rank(self) -> int:
-        """World rank of the last stage in this rank's pipeline."""
+        """World rank of the last one in this rank's pipeline."""
         return dist.get_global_rank(self.pp_group, self.pp - 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.backends import block_spec, choose_backend
 from opsd_megatron.models.qwen3 import Qwen3Spec, transformer_config
-from opsd_megatron.models.weight_map import find_placement, layer_offset, partition_dim
+from opsd_megatron.models.stages import stage_layers
+from opsd_megatron.models.weight_map import partition_dim, placed_parameters
 from opsd_megatron.types import PackedSequences
 
 
@@ -33,7 +35,7 @@ class HiddenStatesGPT(GPTModel):
         With tied embeddings it is the embedding itself, or on the last of several stages its copy, whose gradient
         Megatron-Core adds to the first stage's.
 
-        Ranks: those of the last pipeline stage.
+        Only the last chunk of the last pipeline rank has one.
         """
         weight = (
             self.shared_embedding_or_output_weight()
@@ -43,8 +45,12 @@ class HiddenStatesGPT(GPTModel):
         return cast(Tensor, weight)
 
 
-def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> HiddenStatesGPT:
+def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> list[HiddenStatesGPT]:
     """This rank's shard of the model on ``dims.device``, with *uninitialised* weights: load them next.
+
+    A list, as Megatron-Core's schedules want it: one chunk, or ``parallel.virtual_stages`` of them under an interleaved
+    pipeline. The first chunk of the first pipeline rank embeds the tokens, the last one of the last has the output
+    head.
 
     Ranks: every rank (with tied embeddings over several stages the first and the last one communicate).
 
@@ -52,47 +58,53 @@ def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> HiddenSt
         ConfigError: ``model.backend`` asks for what is not there.
     """
     backend = choose_backend(config.model.backend, dtype=config.model.dtype, on_cuda=dims.device.type == "cuda")
-    model = HiddenStatesGPT(
-        config=transformer_config(spec, config, dims, backend),
-        transformer_layer_spec=block_spec(backend, spec.num_layers // dims.pp),
-        vocab_size=spec.padded_vocab_size(dims.tp),
-        max_sequence_length=spec.max_positions,
-        pre_process=dims.is_first_stage,
-        post_process=dims.is_last_stage,
-        share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,
-        pg_collection=dims.pg_collection,
-    )
-    _mark_sharded_parameters(model, spec, dims)
-    return model
+    own_layers = stage_layers(spec.num_layers, pp=dims.pp, vpp=dims.vpp)[dims.pp_rank]
+    settings = transformer_config(spec, config, dims, backend)
+    chunks = [
+        HiddenStatesGPT(
+            config=settings,
+            transformer_layer_spec=block_spec(backend, len(layers)),
+            vocab_size=spec.padded_vocab_size(dims.tp),
+            max_sequence_length=spec.max_positions,
+            pre_process=dims.is_first_stage and number == 0,
+            post_process=dims.is_last_stage and number == dims.vpp - 1,
+            share_embeddings_and_output_weights=spec.tied,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            pg_collection=dims.pg_collection,
+            vp_stage=number if dims.vpp > 1 else None,
+        )
+        for number, layers in enumerate(own_layers)
+    ]
+    _mark_sharded_parameters(chunks, spec, dims)
+    return chunks
 
 
-def _mark_sharded_parameters(model: HiddenStatesGPT, spec: Qwen3Spec, dims: ParallelDims) -> None:
+def _mark_sharded_parameters(chunks: Sequence[HiddenStatesGPT], spec: Qwen3Spec, dims: ParallelDims) -> None:
     """Say which parameters are tensor-parallel shards.
 
     Megatron-Core's linear layers do so only while they draw initial weights. Unmarked, a shard counts as a replica,
     and the gradient norm leaves out every rank's but the first.
     """
-    for name, parameter in model.named_parameters():
-        dim = partition_dim(find_placement(name, spec, layer_offset(spec, dims)).rule)
+    for place, parameter in placed_parameters(chunks, spec, dims):
+        dim = partition_dim(place.rule)
         if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def forward_packed(model: torch.nn.Module, sequences: PackedSequences) -> Tensor:
-    """Run one pipeline stage over packed sequences.
+    """Run one chunk of the model over packed sequences.
 
     Ranks: every rank of a tensor-parallel group; under pipeline parallelism inside Megatron-Core's schedule, which
     moves activations between stages.
 
     Args:
-        model: What :func:`build_model` returned, plain or in Megatron-Core's data-parallel wrapper.
+        model: A chunk that :func:`build_model` returned, plain or in Megatron-Core's data-parallel wrapper.
         sequences: On the model's device. Under sequence parallelism T is a multiple of tp.
 
     Returns:
         Hidden states ``[T, 1, H]`` (``[T/tp, 1, H]`` under sequence parallelism) in the model's dtype, after the final
-        norm on the last stage.
+        norm from the last chunk.
     """
     packing = PackedSeqParams(
         qkv_format="thd",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,14 @@ from torch import Tensor
 from opsd_megatron.distributed.collectives import gather_shards
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.qwen3 import Qwen3Spec
-from opsd_megatron.models.weight_map import HEAD, Placement, join_shards, layer_offset, placements, shard_shape
+from opsd_megatron.models.stages import stage_layers
+from opsd_megatron.models.weight_map import HEAD, Placement, join_shards, placed_parameters, placements, shard_shape
 
 
 @torch.no_grad()
-def export_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDims) -> Iterator[tuple[str, Tensor]]:
+def export_hf_weights(
+    chunks: Sequence[torch.nn.Module], spec: Qwen3Spec, dims: ParallelDims
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under its Hugging Face name, in the model's dtype, in the order transformers writes them.
 
     Vocabulary padding is stripped; a tied head is not repeated. Data-parallel replicas do the same work side by side.
@@ -25,17 +28,17 @@ def export_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDim
     model's weights: copy what is kept past the next optimizer step.
 
     Args:
-        model: The unwrapped model.
-        spec: What it was built from.
-        dims: The mesh it was built on.
+        chunks: This rank's chunks of the unwrapped model.
+        spec: What they were built from.
+        dims: The mesh they were built on.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(placed_parameters(chunks, spec, dims))
     template = next(iter(parameters.values()))
-    per_stage = spec.num_layers // dims.pp
+    stage_of_layer = _stages(spec, dims)
     for place in placements(spec):
-        stage = _stage(place, per_stage, dims.pp)
+        stage = _stage(place, stage_of_layer, dims.pp)
         if stage == dims.pp_rank:
-            shard = _own_shard(parameters, place, layer_offset(spec, dims))
+            shard = parameters[place].detach()
         else:
             shard = torch.empty(shard_shape(place, spec, dims.tp), dtype=template.dtype, device=template.device)
         if dims.pp > 1:
@@ -45,15 +48,14 @@ def export_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDim
         yield from zip(place.hf_names, join_shards(place, spec, shards), strict=True)
 
 
-def _stage(place: Placement, layers_per_stage: int, pp: int) -> int:
-    """The pipeline stage that holds a parameter."""
+def _stages(spec: Qwen3Spec, dims: ParallelDims) -> dict[int, int]:
+    """The pipeline rank that holds each layer."""
+    ranks = stage_layers(spec.num_layers, pp=dims.pp, vpp=dims.vpp)
+    return {layer: rank for rank, chunks in enumerate(ranks) for layers in chunks for layer in layers}
+
+
+def _stage(place: Placement, stage_of_layer: dict[int, int], pp: int) -> int:
+    """The pipeline rank that holds a parameter."""
     if place.layer is not None:
-        return place.layer // layers_per_stage
+        return stage_of_layer[place.layer]
     return 0 if place.rule.kind == "vocab" and place.rule is not HEAD else pp - 1
-
-
-def _own_shard(parameters: dict[str, torch.nn.Parameter], place: Placement, offset: int) -> Tensor:
-    for name in place.mcore_names(offset):
-        if name in parameters:
-            return parameters[name].detach()
-    raise KeyError(f"the model has no parameter {' or '.join(place.mcore_names(offset))}")

@@ -15,6 +15,7 @@ from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ConfigError, ModelError
 from opsd_megatron.models.backends import Backend, has_fused_weight_gradient
+from opsd_megatron.models.stages import stage_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
@@ -194,15 +195,16 @@ def check_mesh(spec: Qwen3Spec, config: Config) -> None:
         ConfigError: Names the keys, their values and values that would work.
     """
     dimensions = {"attention heads": spec.num_heads, "key/value heads": spec.num_kv_heads, "FFN rows": spec.ffn_size}
-    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    tp, pp, vpp = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_stages
     for name, size in dimensions.items():
         if size % tp:
             works = [n for n in _divisors(spec.num_kv_heads) if all(s % n == 0 for s in dimensions.values())]
             raise ConfigError(f"parallel.tensor={tp} does not divide the model's {size} {name}; {_one_of(works)} would")
-    if spec.num_layers % pp:
+    if spec.num_layers < pp * vpp:
+        keys = f"parallel.pipeline={pp}" + (f" * parallel.virtual_stages={vpp}" if vpp > 1 else "")
         raise ConfigError(
-            f"parallel.pipeline={pp} does not divide the model's {spec.num_layers} layers; "
-            f"{_one_of(_divisors(spec.num_layers))} would"
+            f"{keys} makes more stages than the model has layers, {spec.num_layers}; lower "
+            f"{'one of them' if vpp > 1 else 'it'}"
         )
     length = config.model.max_length
     if length is not None and length > spec.max_positions:
@@ -264,6 +266,8 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
+        pipeline_model_parallel_layout=_layout(spec, dims) if dims.pp > 1 else None,
         sequence_parallel=dims.sequence_parallel,
         # Weights are loaded, never drawn.
         perform_initialization=False,
@@ -274,8 +278,11 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         variable_seq_lengths=True,
         # No experts here, but Megatron-Core's rule for variable lengths looks at this all the same.
         moe_token_dispatcher_type="alltoall",
-        # Batched point-to-point is NCCL's grouping of sends with receives; gloo has none.
-        batch_p2p_comm=on_cuda,
+        # Batched point-to-point is NCCL's grouping of sends with receives; gloo has none. The interleaved schedule over
+        # two ranks would mix up what goes to the next and the previous rank, which are the same one: it communicates
+        # forward and backward separately, overlapped with computation.
+        batch_p2p_comm=on_cuda and dims.vpp == 1,
+        overlap_p2p_comm=dims.vpp > 1,
         recompute_granularity="full" if full_recompute else None,
         recompute_method="uniform" if full_recompute else None,
         recompute_num_layers=1 if full_recompute else None,
@@ -286,3 +293,12 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _layout(spec: Qwen3Spec, dims: ParallelDims) -> list[list[str]]:
+    """The layers of each stage as Megatron-Core lists them: in the order in which the model passes through them."""
+    ranks = stage_layers(spec.num_layers, pp=dims.pp, vpp=dims.vpp)
+    layout = [["decoder"] * len(ranks[rank][chunk]) for chunk in range(dims.vpp) for rank in range(dims.pp)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout

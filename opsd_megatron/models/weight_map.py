@@ -10,7 +10,7 @@ Megatron-Core keeps two pairs of matrices together:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ModelError
 from opsd_megatron.models.qwen3 import Qwen3Spec
+from opsd_megatron.models.stages import stage_layers
 
 # How a parameter's shard is made of Hugging Face tensors: `whole` is replicated over tp, `columns` is split along
 # dimension 1, `vocab` along dimension 0 after padding to a multiple of tp, `qkv` and `gate_up` along dimension 0 as in
@@ -104,11 +105,6 @@ class Placement:
         prefix = "" if self.layer is None else f"model.layers.{self.layer}."
         return tuple(prefix + name for name in self.rule.hf)
 
-    def mcore_names(self, layer_offset: int) -> tuple[str, ...]:
-        """What it may be called on a pipeline stage whose first layer is ``layer_offset``."""
-        prefix = "" if self.layer is None else f"decoder.layers.{self.layer - layer_offset}."
-        return tuple(prefix + name for name in self.rule.mcore)
-
 
 def placements(spec: Qwen3Spec) -> Iterator[Placement]:
     """Every parameter of the model in Hugging Face order; a tied head is not listed, it is the embedding."""
@@ -127,7 +123,7 @@ def find_placement(name: str, spec: Qwen3Spec, layer_offset: int) -> Placement:
     Args:
         name: As ``named_parameters()`` of the unwrapped model gives it.
         spec: What the model was built from.
-        layer_offset: Layers on the pipeline stages before this one.
+        layer_offset: Layers before the first one of this chunk of the model.
 
     Raises:
         KeyError: No rule covers the name: the model was built from other modules than this map knows.
@@ -143,9 +139,20 @@ def find_placement(name: str, spec: Qwen3Spec, layer_offset: int) -> Placement:
     raise KeyError(f"no rule for the parameter {name}")
 
 
-def layer_offset(spec: Qwen3Spec, dims: ParallelDims) -> int:
-    """Layers on the pipeline stages before this rank's."""
-    return spec.num_layers // dims.pp * dims.pp_rank
+def placed_parameters(
+    chunks: Sequence[torch.nn.Module], spec: Qwen3Spec, dims: ParallelDims
+) -> Iterator[tuple[Placement, torch.nn.Parameter]]:
+    """Every parameter on this rank with its place in the whole model.
+
+    Args:
+        chunks: What ``build_model`` returned: this pipeline rank's chunks of the model.
+        spec: What they were built from.
+        dims: The mesh they were built on.
+    """
+    own_layers = stage_layers(spec.num_layers, pp=dims.pp, vpp=dims.vpp)[dims.pp_rank]
+    for chunk, layers in zip(chunks, own_layers, strict=True):
+        for name, parameter in chunk.named_parameters():
+            yield find_placement(name, spec, layers.start), parameter
 
 
 def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
@@ -279,8 +286,10 @@ def partition_dim(rule: Rule) -> int | None:
 
 
 @torch.no_grad()
-def load_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, reader: TensorReader, dims: ParallelDims) -> None:
-    """Fill ``model`` from Hugging Face tensors, cast to its dtype.
+def load_hf_weights(
+    chunks: Sequence[torch.nn.Module], spec: Qwen3Spec, reader: TensorReader, dims: ParallelDims
+) -> None:
+    """Fill this rank's chunks of the model from Hugging Face tensors, cast to their dtype.
 
     Every rank reads for itself, and only what it holds. Load before the model is wrapped for training: an optimizer
     that keeps float32 master weights takes them when it is built.
@@ -291,7 +300,5 @@ def load_hf_weights(model: torch.nn.Module, spec: Qwen3Spec, reader: TensorReade
         ModelError: From :func:`check_tensors`.
     """
     check_tensors(spec, reader)
-    offset = layer_offset(spec, dims)
-    for name, parameter in model.named_parameters():
-        place = find_placement(name, spec, offset)
+    for place, parameter in placed_parameters(chunks, spec, dims):
         parameter.copy_(read_shard(place, spec, reader, tp=dims.tp, tp_rank=dims.tp_rank))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ from opsd_megatron.models.weight_map import hf_shapes
 from opsd_megatron.rollout.engine import RolloutEngine
 
 
-def sync_weights(engine: RolloutEngine, model: torch.nn.Module, spec: Qwen3Spec, dims: ParallelDims) -> None:
+def sync_weights(engine: RolloutEngine, model: Sequence[torch.nn.Module], spec: Qwen3Spec, dims: ParallelDims) -> None:
     """Replace the engine's weights by the model's.
 
     Ranks: every rank of the world.
 
     Args:
         engine: Awake or asleep; see :meth:`~opsd_megatron.rollout.engine.RolloutEngine.update_weights`.
-        model: The unwrapped model.
+        model: This rank's chunks of the unwrapped model.
         spec: What its ``config.json`` says, which names the tensors there must be.
         dims: The mesh it is spread over.
 

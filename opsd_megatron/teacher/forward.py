@@ -20,14 +20,14 @@ def _teacher_side(micro_batch: PackedMicroBatch) -> PackedSequences:
 
 
 def collect_targets(
-    model: HiddenStatesGPT, micro_batches: Sequence[PackedMicroBatch], dims: ParallelDims
+    chunks: Sequence[HiddenStatesGPT], micro_batches: Sequence[PackedMicroBatch], dims: ParallelDims
 ) -> list[TeacherTargets | None]:
-    """Run ``model`` over the teacher side of every micro-batch through Megatron's schedule, without gradient.
+    """Run the teacher over the teacher side of every micro-batch through Megatron's schedule, without gradient.
 
     Ranks: every rank, with equal numbers of micro-batches on every data-parallel rank.
 
     Args:
-        model: The teacher; not wrapped for data parallelism, since nothing is reduced.
+        chunks: This rank's chunks of the teacher; not wrapped for data parallelism, since nothing is reduced.
         micro_batches: This data-parallel rank's micro-batches, on ``dims.device``.
         dims: The mesh.
 
@@ -49,8 +49,8 @@ def collect_targets(
     with torch.no_grad():
         kept: list[Tensor] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[model],
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=list(chunks),
             num_microbatches=len(micro_batches),
             # Only a bound: stages exchange the true shape of every micro-batch (variable_seq_lengths).
             seq_length=max(_teacher_side(batch).ids.numel() for batch in micro_batches),
@@ -60,5 +60,5 @@ def collect_targets(
         )
     if not dims.is_last_stage:
         return [None] * len(micro_batches)
-    head_weight = model.output_head().detach()
+    head_weight = chunks[-1].output_head().detach()
     return [TeacherTargets(hidden, head_weight) for hidden in kept]

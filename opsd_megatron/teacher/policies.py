@@ -33,14 +33,15 @@ class FrozenTeacher:
     guards (``checkpoint.state.check_output_dir``).
     """
 
-    def __init__(self, model: HiddenStatesGPT, dims: ParallelDims) -> None:
-        """Take over ``model``, which holds the initial weights.
+    def __init__(self, model: Sequence[HiddenStatesGPT], dims: ParallelDims) -> None:
+        """Take over ``model``, this rank's chunks with the initial weights.
 
         Its parameters stay marked as needing a gradient, though the pass records none: torch.matmul takes another
         route, with other rounding, where the weight needs none, and a teacher that equals the student would then
         differ from it in the last digits, which Adam blows up to full-sized updates.
         """
-        model.eval()
+        for chunk in model:
+            chunk.eval()
         self._model = model
         self._dims = dims
 
@@ -55,8 +56,8 @@ class FrozenTeacher:
 class LiveTeacher:
     """The student's own current weights, without gradient."""
 
-    def __init__(self, student: HiddenStatesGPT, dims: ParallelDims) -> None:
-        """Share ``student``'s module; nothing is copied."""
+    def __init__(self, student: Sequence[HiddenStatesGPT], dims: ParallelDims) -> None:
+        """Share ``student``'s chunks; nothing is copied."""
         self._model = student
         self._dims = dims
 

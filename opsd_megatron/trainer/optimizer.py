@@ -5,6 +5,7 @@ Megatron-Core picks Transformer Engine's or Apex's fused Adam where one is insta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -18,32 +19,41 @@ from opsd_megatron.models.build import HiddenStatesGPT
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model that trains: its gradient buffers, optimizer and schedule."""
+    """A model that trains: this rank's chunks of it with their gradient buffers, optimizer and schedule."""
 
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    @property
+    def modules(self) -> list[HiddenStatesGPT]:
+        """The chunks without their wrapper."""
+        return [chunk.module for chunk in self.chunks]
 
-def make_trainable(model: HiddenStatesGPT, config: Config) -> Trainable:
-    """Wrap ``model`` for data parallelism and build its optimizer.
+
+def make_trainable(model: Sequence[HiddenStatesGPT], config: Config) -> Trainable:
+    """Wrap the chunks of a model for data parallelism and build their optimizer.
 
     Call after the weights are loaded: for bf16 the optimizer takes its float32 master copy from them here.
 
     Ranks: every rank.
     """
     distributed = config.parallel.distributed_optimizer
-    wrapped = DistributedDataParallel(
-        config=model.config,
-        # Gradients are summed in float32 and divided once, by the step's token count over the whole world, in
-        # finalize_model_grads; so the loss does not depend on how the batch is split.
-        ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
-        ),
-        module=model,
-    )
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = wrapped.no_sync
+    chunks = [
+        DistributedDataParallel(
+            config=chunk.config,
+            # Gradients are summed in float32 and divided once, by the step's token count over the whole world, in
+            # finalize_model_grads; so the loss does not depend on how the batch is split.
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+            ),
+            module=chunk,
+        )
+        for chunk in model
+    ]
+    settled = model[0].config  # one object, which all chunks share
+    settled.finalize_model_grads_func = finalize_model_grads
+    settled.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     bf16 = config.model.dtype == "bfloat16"
     settings = config.optimizer
     optimizer = get_megatron_optimizer(
@@ -57,12 +67,12 @@ def make_trainable(model: HiddenStatesGPT, config: Config) -> Trainable:
             weight_decay=settings.weight_decay,
             clip_grad=settings.clip_grad,
             bf16=bf16,
-            params_dtype=model.config.params_dtype,
+            params_dtype=settled.params_dtype,
             use_distributed_optimizer=distributed,
         ),
-        [wrapped],
+        chunks,
     )
-    return Trainable(wrapped, optimizer, _scheduler(optimizer, settings, config.train.steps))
+    return Trainable(chunks, optimizer, _scheduler(optimizer, settings, config.train.steps))
 
 
 def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerConfig, steps: int) -> OptimizerParamScheduler:

@@ -32,6 +32,7 @@ from opsd_megatron.evaluation.evaluate import Evaluator, check_answers, sampling
 from opsd_megatron.models.backends import choose_backend
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh, read_spec, resolve_model_path
+from opsd_megatron.models.stages import describe_stages
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
 from opsd_megatron.objectives import build_objective
 from opsd_megatron.rollout.engine import RolloutEngine
@@ -203,7 +204,7 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
     completed = 0
     newest = agreed_checkpoint(Path(config.output_dir) / "checkpoints") if config.checkpoint.resume else None
     if newest is not None:
-        state = load_checkpoint(newest, model=trainable.model, optimizer=trainable.optimizer)
+        state = load_checkpoint(newest, model=trainable.chunks, optimizer=trainable.optimizer)
         sampler.load_state_dict(state.sampler)
         completed = state.step
         trainable.scheduler.step(completed)
@@ -220,14 +221,14 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
         teacher=_teacher(config, inputs, dims, student=model) if objective.needs_teacher else None,
         engine=engine,
         evaluator=_evaluator(config, inputs),
-        reporter=_reporter(config, dims, completed),
+        reporter=_reporter(config, inputs, dims, completed),
         identity=inputs.identity,
         completed=completed,
     )
 
 
-def _initial_model(config: Config, inputs: Inputs, dims: ParallelDims) -> HiddenStatesGPT:
-    """A model with the run's initial weights."""
+def _initial_model(config: Config, inputs: Inputs, dims: ParallelDims) -> list[HiddenStatesGPT]:
+    """This rank's chunks of a model with the run's initial weights."""
     model = build_model(inputs.spec, config, dims)
     if config.model.checkpoint is None:
         load_hf_weights(model, inputs.spec, SafetensorsReader(inputs.source), dims)
@@ -236,7 +237,7 @@ def _initial_model(config: Config, inputs: Inputs, dims: ParallelDims) -> Hidden
     return model
 
 
-def _teacher(config: Config, inputs: Inputs, dims: ParallelDims, *, student: HiddenStatesGPT) -> TeacherPolicy:
+def _teacher(config: Config, inputs: Inputs, dims: ParallelDims, *, student: list[HiddenStatesGPT]) -> TeacherPolicy:
     if config.teacher.policy == "live":
         return LiveTeacher(student, dims)
     return FrozenTeacher(_initial_model(config, inputs, dims), dims)
@@ -268,7 +269,7 @@ def _evaluator(config: Config, inputs: Inputs) -> Evaluator | None:
     )
 
 
-def _reporter(config: Config, dims: ParallelDims, completed: int) -> StepReporter:
+def _reporter(config: Config, inputs: Inputs, dims: ParallelDims, completed: int) -> StepReporter:
     output_dir = Path(config.output_dir)
     if dims.rank != 0:
         return StepReporter(output_dir, writer=None, progress=None, save_rollouts=False)
@@ -277,6 +278,8 @@ def _reporter(config: Config, dims: ParallelDims, completed: int) -> StepReporte
         _set_aside_later(output_dir / folder, completed)
     writer = MetricsWriter(output_dir / "metrics.jsonl", resume_step=completed)
     progress = Progress(config.train.steps, initial=completed)
+    if dims.pp > 1:
+        progress.message(describe_stages(inputs.spec.num_layers, pp=dims.pp, vpp=dims.vpp))
     if config.checkpoint.resume:
         progress.message(f"resuming after step {completed}" if completed else "no checkpoint to resume from: step 0")
     return StepReporter(

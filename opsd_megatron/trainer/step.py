@@ -51,10 +51,11 @@ def optimizer_step(
     Raises:
         FloatingPointError: The loss or a gradient is not finite; the weights are left as they were.
     """
-    trainable.model.zero_grad_buffer()
+    for chunk in trainable.chunks:
+        chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
     try:
-        outputs = _forward_backward(trainable.model, objective, micro_batches, targets, dims)
+        outputs = _forward_backward(trainable.chunks, objective, micro_batches, targets, dims)
     except RuntimeError as error:
         # Megatron's check of the gradients before they are reduced, which has no type of its own.
         if "grad norm" not in str(error):
@@ -72,7 +73,7 @@ def optimizer_step(
 
 
 def _forward_backward(
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     objective: Objective,
     micro_batches: Sequence[PackedMicroBatch],
     targets: Sequence[TeacherTargets | None],
@@ -97,8 +98,8 @@ def _forward_backward(
 
     outputs: list[LossOutput] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(zip(micro_batches, targets, strict=True)),
-        model=[model],
+        data_iterator=[iter(zip(micro_batches, targets, strict=True)) for _ in chunks],
+        model=chunks,
         num_microbatches=len(micro_batches),
         # Only a bound: stages exchange the true shape of every micro-batch (variable_seq_lengths).
         seq_length=max(batch.student.ids.numel() for batch in micro_batches),

@@ -153,7 +153,12 @@ class Trainer:
 
     def _micro_batches(self, samples: Sequence[AlignedSample]) -> list[PackedMicroBatch]:
         """This data-parallel rank's slice of the plan that every rank computes."""
-        plan = plan_micro_batches(samples, dp_size=self.dims.dp, token_budget=self.config.train.tokens_per_micro_batch)
+        plan = plan_micro_batches(
+            samples,
+            dp_size=self.dims.dp,
+            token_budget=self.config.train.tokens_per_micro_batch,
+            count_multiple_of=self.dims.pp if self.dims.vpp > 1 else 1,
+        )
         return [
             pack(
                 [samples[index] for index in indices],
@@ -169,7 +174,7 @@ class Trainer:
         if self.engine_version != self.completed:
             with timer("sync"):
                 # Asleep, the engine wakes for its weights only: its cache stays released while tensors stream in.
-                sync_weights(engine, self.trainable.model.module, self.spec, self.dims)
+                sync_weights(engine, self.trainable.modules, self.spec, self.dims)
             self.engine_version = self.completed
 
     def _evaluate(self, step: int, timer: PhaseTimer) -> dict[str, Any] | None:
@@ -196,7 +201,7 @@ class Trainer:
             save_checkpoint(
                 root / f"step_{step}",
                 state=TrainerState(step=step, sampler=self.sampler.state_dict(), identity=self.identity),
-                model=self.trainable.model,
+                model=self.trainable.chunks,
                 optimizer=self.trainable.optimizer,
                 source=self.source,
             )

@@ -32,11 +32,14 @@ LENGTHS = ((5, 17, 2), (9, 1, 2))
 class Mesh:
     tp: int
     pp: int
+    vpp: int = 1
     sequence: bool = False
     recompute: str = "none"
 
     def __str__(self) -> str:
-        return f"tp{self.tp}-pp{self.pp}" + "-sp" * self.sequence + "-recompute" * (self.recompute == "full")
+        interleaved = f"-vpp{self.vpp}" * (self.vpp > 1)
+        recompute = "-recompute" * (self.recompute == "full")
+        return f"tp{self.tp}-pp{self.pp}{interleaved}" + "-sp" * self.sequence + recompute
 
 
 MESHES = (
@@ -46,6 +49,8 @@ MESHES = (
     Mesh(2, 2),
     Mesh(2, 1, sequence=True, recompute="full"),
     Mesh(2, 2, sequence=True),
+    Mesh(1, 2, vpp=2),
+    Mesh(2, 2, vpp=2, sequence=True),
     Mesh(4, 1, sequence=True),
 )
 
@@ -181,6 +186,7 @@ def measure(mesh: Mesh, models: dict[bool, Path]) -> dict[bool, Outcome]:
     config.model.dtype = "float32"
     config.model.recompute = mesh.recompute
     config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = mesh.tp, mesh.pp, mesh.sequence
+    config.parallel.virtual_stages = mesh.vpp
     dims = ParallelDims.initialize(config.parallel)
     seed_everything(0, dims)
     return {tied: _measure_one(path, config, dims) for tied, path in models.items()}
@@ -195,12 +201,13 @@ def _measure_one(path: Path, config: Config, dims) -> Outcome:  # type: ignore[n
     from opsd_megatron.models.weight_map import load_hf_weights
 
     spec = read_spec(path)
-    model = build_model(spec, config, dims)
-    load_hf_weights(model, spec, SafetensorsReader(path), dims)
-    exported = {name: tensor.clone() for name, tensor in export_hf_weights(model, spec, dims)}
+    chunks = build_model(spec, config, dims)
+    load_hf_weights(chunks, spec, SafetensorsReader(path), dims)
+    exported = {name: tensor.clone() for name, tensor in export_hf_weights(chunks, spec, dims)}
     sums = gather_objects({name: tensor.sum().item() for name, tensor in exported.items()})
     alone = None
     if dims.pp == 1 and not dims.sequence_parallel:
+        (model,) = chunks
         with torch.no_grad():
             alone = [
                 torch.cat(
@@ -211,7 +218,7 @@ def _measure_one(path: Path, config: Config, dims) -> Outcome:  # type: ignore[n
                 )
                 for index, lengths in enumerate(LENGTHS)
             ]
-    logits, gradients = _train_pass(model, spec, dims)
+    logits, gradients = _train_pass(chunks, spec, dims)
     return Outcome(logits, alone, gradients, exported, all(s == sums[0] for s in sums))
 
 
@@ -231,7 +238,7 @@ def _full_logits(local: Tensor, dims) -> Tensor:  # type: ignore[no-untyped-def]
     return torch.cat(gather_shards(local.detach(), dims.tp_group), dim=1)[:, :VOCAB]
 
 
-def _train_pass(model, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _train_pass(chunks, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
     """Forward and backward as a training step does it; the gradients by Hugging Face name on every rank."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -243,8 +250,9 @@ def _train_pass(model, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  #
     from opsd_megatron.models.build import forward_packed
     from opsd_megatron.models.export import export_hf_weights
 
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
     columns = spec.padded_vocab_size(dims.tp) // dims.tp
 
     def forward_step(indices, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
@@ -260,17 +268,19 @@ def _train_pass(model, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  #
 
         return output, loss
 
-    wrapped.zero_grad_buffer()
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
     logits: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(range(len(LENGTHS))),
-        model=[wrapped],
+        data_iterator=[iter(range(len(LENGTHS))) for _ in wrapped],
+        model=wrapped,
         num_microbatches=len(LENGTHS),
         seq_length=max(map(sum, LENGTHS)),
         micro_batch_size=1,
         forward_only=False,
     )
     # The exporter gathers whatever the parameters hold: let them hold their gradients.
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.main_grad)
-    return logits, {name: tensor.clone() for name, tensor in export_hf_weights(model, spec, dims)}
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    return logits, {name: tensor.clone() for name, tensor in export_hf_weights(chunks, spec, dims)}

@@ -44,9 +44,20 @@ def test_reference_run_learns(reference: list[dict[str, float]]) -> None:
         (1, 2, 1, {"model__recompute": "full"}),
         (1, 1, 2, {"train__tokens_per_micro_batch": 150}),
         (2, 2, 1, {}),
+        (1, 2, 1, {"parallel__virtual_stages": 2, "train__tokens_per_micro_batch": 250}),
+        (1, 3, 1, {}),
         (1, 1, 1, {"train__tokens_per_micro_batch": 4096, "objective__chunk_rows": 7}),
     ],
-    ids=["tp2", "tp2-sp-plain-optimizer", "pp2-recompute", "dp2-small-micro-batches", "tp2-pp2", "one-micro-batch"],
+    ids=[
+        "tp2",
+        "tp2-sp-plain-optimizer",
+        "pp2-recompute",
+        "dp2-small-micro-batches",
+        "tp2-pp2",
+        "pp2-vpp2",
+        "pp3-uneven",
+        "one-micro-batch",
+    ],
 )
 def test_mesh_invariance(
     small: SmallRun,

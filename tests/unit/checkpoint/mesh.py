@@ -20,7 +20,7 @@ from opsd_megatron.distributed.seed import seed_everything
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.export import export_hf_weights
 from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
-from opsd_megatron.models.weight_map import load_hf_weights
+from opsd_megatron.models.weight_map import Placement, load_hf_weights, placed_parameters
 from opsd_megatron.trainer.optimizer import Trainable, make_trainable
 
 
@@ -30,6 +30,7 @@ class Mesh:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     sharded_optimizer: bool = True
     dtype: str = "float32"
 
@@ -37,6 +38,7 @@ class Mesh:
         config = Config()
         config.parallel.tensor = self.tp
         config.parallel.pipeline = self.pp
+        config.parallel.virtual_stages = self.vpp
         config.parallel.distributed_optimizer = self.sharded_optimizer
         config.model.dtype = self.dtype
         config.model.backend = "torch"
@@ -55,18 +57,17 @@ class Run:
     source: Path
 
     @property
-    def model(self) -> HiddenStatesGPT:
-        module = self.trainable.model.module
-        assert isinstance(module, HiddenStatesGPT)
-        return module
+    def model(self) -> list[HiddenStatesGPT]:
+        return self.trainable.modules
 
     def steps(self, first: int, last: int) -> None:
         """Take optimizer steps ``first`` to ``last`` with gradients that depend on the step and the parameter only."""
         for step in range(first, last + 1):
-            self.trainable.model.zero_grad_buffer()
             self.trainable.optimizer.zero_grad()
-            for name, parameter in self.trainable.model.module.named_parameters():
-                _fake_gradient(parameter, name, step, self)
+            for chunk in self.trainable.chunks:
+                chunk.zero_grad_buffer()
+            for place, parameter in placed_parameters(self.model, self.spec, self.dims):
+                _fake_gradient(parameter, place, step, self)
             self.trainable.optimizer.step()
             self.trainable.scheduler.step(1)
 
@@ -74,7 +75,7 @@ class Run:
         save_checkpoint(
             directory,
             state=TrainerState(step=step, sampler={"position": step}, identity={"run": "test"}),
-            model=self.trainable.model,
+            model=self.trainable.chunks,
             optimizer=None if weights_only else self.trainable.optimizer,
             source=self.source,
         )
@@ -83,12 +84,9 @@ class Run:
         return {name: tensor.clone() for name, tensor in export_hf_weights(self.model, self.spec, self.dims)}
 
 
-def _fake_gradient(parameter: torch.nn.Parameter, name: str, step: int, run: Run) -> None:
-    tied = run.spec.tied and name in ("embedding.word_embeddings.weight", "output_layer.weight")
-    name = "tied" if tied else name
+def _fake_gradient(parameter: torch.nn.Parameter, place: Placement, step: int, run: Run) -> None:
     shard = run.dims.tp_rank if getattr(parameter, "tensor_model_parallel", False) else 0
-    stage = 0 if tied else run.dims.pp_rank
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {step} {shard} {stage}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{place.hf_names} {step} {shard}".encode()))
     parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
 
 
@@ -105,8 +103,9 @@ def run_on(mesh: Mesh, source: Path, *, weights: bool = True) -> Iterator[Run]:
             load_hf_weights(model, spec, SafetensorsReader(source), dims)
         else:
             with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.fill_(float("nan"))
+                for chunk in model:
+                    for parameter in chunk.parameters():
+                        parameter.fill_(float("nan"))
         yield Run(make_trainable(model, config), spec, dims, source)
     finally:
         dims.destroy()

@@ -36,7 +36,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def load(run: Run, directory: Path) -> state.TrainerState:
-    return load_checkpoint(directory, model=run.trainable.model, optimizer=run.trainable.optimizer)
+    return load_checkpoint(directory, model=run.trainable.chunks, optimizer=run.trainable.optimizer)
 
 
 def travel(source: Path, root: Path, meshes: list[Mesh]) -> list[bool]:
@@ -58,6 +58,13 @@ def travel(source: Path, root: Path, meshes: list[Mesh]) -> list[bool]:
 def test_weights_and_optimizer_state_over_four_ranks(untied: Path, tmp_path: Path) -> None:
     meshes = [Mesh(tp=2, pp=2), Mesh(), Mesh(pp=2), Mesh(tp=2), Mesh(tp=2, pp=2)]
     assert run_distributed(travel, 4, untied, tmp_path, meshes) == [[True] * 4] * 4
+
+
+def test_interleaved_and_uneven_stages(tmp_path: Path) -> None:
+    """5 layers over chunks of 2, 1, 1 and 1, over stages of 2, 1, 1 and 1, of 3 and 2, and all on one."""
+    source = make_tiny_qwen3(tmp_path / "five", num_layers=5)
+    meshes = [Mesh(tp=2, pp=2, vpp=2), Mesh(pp=4), Mesh(pp=2), Mesh(tp=2), Mesh(pp=2, vpp=2)]
+    assert run_distributed(travel, 4, source, tmp_path, meshes) == [[True] * 4] * 4
 
 
 def travel_of_each_kind(source: Path, root: Path) -> dict[str, list[bool]]:
@@ -85,7 +92,7 @@ def change_padding(source: Path, root: Path) -> bool:
     with run_on(Mesh(), source, weights=False) as run:
         load(run, root / "step_1")
         run.save(root / "step_2")
-        assert run.model.output_head().shape[0] == 271
+        assert run.model[-1].output_head().shape[0] == 271
         same = equal(run.exported(), weights)
     with run_on(Mesh(tp=2), source, weights=False) as run:
         load(run, root / "step_2")

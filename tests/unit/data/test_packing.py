@@ -61,6 +61,14 @@ def test_plan_golden() -> None:
     assert plan_micro_batches(samples, dp_size=2, token_budget=16) == [[[2], []], [[0, 1], [3, 4]]]
 
 
+def test_plan_in_groups_for_interleaved_pipelines() -> None:
+    samples = [sample(2, 6, 4)] * 5
+    for multiple, count in ((1, 3), (2, 4), (4, 4), (5, 5)):
+        (plan,) = plan_micro_batches(samples, dp_size=1, token_budget=20, count_multiple_of=multiple)
+        assert len(plan) == count
+        assert sorted(index for batch in plan for index in batch) == list(range(5))
+
+
 def test_plan_without_samples_gives_every_rank_an_empty_micro_batch() -> None:
     assert plan_micro_batches([], dp_size=3, token_budget=8) == [[[]], [[]], [[]]]
 

@@ -68,8 +68,9 @@ def _stage(path: Path) -> None:
     config.parallel.tensor = config.parallel.pipeline = 2
     dims = ParallelDims.initialize(config.parallel)
     spec, reader = read_spec(path), SafetensorsReader(path)
-    model = build_model(spec, config, dims)
-    load_hf_weights(model, spec, reader, dims)
+    chunks = build_model(spec, config, dims)
+    load_hf_weights(chunks, spec, reader, dims)
+    (model,) = chunks
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     _check_marks(dict(model.named_parameters()), dims)
     if dims.is_last_stage:
@@ -77,7 +78,7 @@ def _stage(path: Path) -> None:
         rows = reader.get("model.embed_tokens.weight").bfloat16()
         assert torch.equal(head[:131], rows[132 * dims.tp_rank :][:131])
         assert dims.tp_rank == 0 or not head[131].any()
-    exported = list(export_hf_weights(model, spec, dims))
+    exported = list(export_hf_weights(chunks, spec, dims))
     assert sorted(name for name, _ in exported) == reader.names()
     assert all(torch.equal(tensor, reader.get(name).bfloat16()) for name, tensor in exported)
 

@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_qwen3(tmp_path_factory.mktemp("tiny"), hidden_size=128, ffn=384)
 
 
-def load(path: Path, spec: Qwen3Spec, config: Config, dims: ParallelDims) -> HiddenStatesGPT:
+def load(path: Path, spec: Qwen3Spec, config: Config, dims: ParallelDims) -> list[HiddenStatesGPT]:
     model = build_model(spec, config, dims)
     load_hf_weights(model, spec, SafetensorsReader(path), dims)
     return model
@@ -58,10 +58,11 @@ def _compare(path: Path) -> tuple[list[bool], float]:
     for policy in (frozen, live):
         for batch, targets in zip(micro_batches, policy.targets(micro_batches), strict=True):
             assert targets is not None and not targets.hidden.requires_grad and not targets.head_weight.requires_grad
-            hidden = response_hidden(forward_packed(trainable.model, batch.student), batch.student.rows, dims)
-            equal += [torch.equal(hidden, targets.hidden), torch.equal(student.output_head(), targets.head_weight)]
+            hidden = response_hidden(forward_packed(trainable.chunks[0], batch.student), batch.student.rows, dims)
+            head = student[0].output_head()
+            equal += [torch.equal(hidden, targets.hidden), torch.equal(head, targets.head_weight)]
     with torch.no_grad():
-        for parameter in student.parameters():
+        for parameter in student[0].parameters():
             parameter.add_(0.01)
     moved = [(policy.targets(micro_batches)[0], policy) for policy in (frozen, live)]
     assert moved[0][0] is not None and moved[1][0] is not None

@@ -39,7 +39,12 @@ def test_a_good_run_passes_and_writes_nothing(small: SmallRun, tmp_path: Path) -
             ConfigError,
             r"parallel\.tensor=4 does not divide .* key/value",
         ),
-        ({"parallel__pipeline": 3}, ConfigError, "parallel.pipeline=3 does not divide the model's 4 layers"),
+        ({"parallel__pipeline": 5}, ConfigError, r"parallel\.pipeline=5 makes more stages than .* layers, 4; lower it"),
+        (
+            {"parallel__pipeline": 2, "parallel__virtual_stages": 3},
+            ConfigError,
+            r"parallel\.pipeline=2 \* parallel\.virtual_stages=3 .* lower one of them",
+        ),
         ({"model__max_length": 4096}, ConfigError, "model.max_length=4096"),
         ({"rollout__max_new_tokens": 256}, ConfigError, r"leaves? no room"),
         ({"data__problem_column": "question"}, DataError, "data.problem_column"),
