@@ -1,0 +1,538 @@
+"""The Triton kernels against float64, on a GPU or in Triton's interpreter, and their compilation for CUDA without one.
+
+The interpreter has to be asked for before triton is first imported and leaves triton's library patched, so without a
+GPU ``TestKernels`` runs in a process of its own, which ``test_kernels_in_the_interpreter`` starts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from decimal import Decimal, localcontext
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses.divergences import ClipMode, DivergenceSpec
+from tests.unit.losses.reference import BETAS, TEMPERATURES, Case, dense_divergence, entries, worst
+
+pytest.importorskip("triton", reason="the kernels need triton, which CUDA builds of torch bring along")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+EPS = torch.finfo(torch.float32).eps
+# What single precision leaves of a sum over a few hundred entries whose log-probabilities are rounded at about 10.
+TOLERANCE = 5e-6
+
+# The modes that clip whole rows are unclipped for the kernels; `bregman` without a clip still has its own terms.
+CASES = [
+    *(Case(beta, temperature) for beta in BETAS for temperature in TEMPERATURES),
+    *(Case(beta, 1.1, 0.05, mode) for beta in BETAS for mode in ("entry", "bregman")),
+    *(Case(beta, 0.7, 1e-3, mode) for beta in BETAS for mode in ("entry", "bregman")),
+    Case(0.0, 1.1, 1e-6),
+    Case(0.0, 1.0, None, "bregman"),
+    Case(1.0, 0.7, None, "bregman"),
+    Case(0.0, 1.0, 1e-3, "rescale"),
+    Case(0.5, 0.7, 1e-3, "token"),
+]
+MODES_OF_TERMS: tuple[ClipMode, ...] = ("entry", "bregman")
+NEAR = [*(Case(beta) for beta in BETAS), *(Case(beta, clip_mode="bregman") for beta in (0.0, 1.0))]
+HALVES = ((0, 150), (150, 300))
+
+# What the kernels are compiled for: each formula, of both kinds of terms, with and without a clip.
+SPECS = [
+    DivergenceSpec(0.5, clip=0.05),
+    DivergenceSpec(0.5),
+    DivergenceSpec(0),
+    DivergenceSpec(0, clip=0.05, clip_mode="bregman"),
+    DivergenceSpec(1, clip=0.05),
+]
+STATISTICS_VARIANTS = [
+    {"UNIT_TEMPERATURE": True, "HAS_TARGETS": True},
+    {"UNIT_TEMPERATURE": False, "HAS_TARGETS": False},
+]
+
+
+def type_of(argument: str) -> str:
+    """Triton's name of the type that a kernel's argument has at run time."""
+    if argument in ("student", "teacher", "normaliser", "out", "slope_sums", "factors"):
+        return "*fp32"
+    if argument == "targets":
+        return "*i64"
+    return "i32" if argument in ("rows", "columns", "piece", "student_stride", "teacher_stride") else "fp32"
+
+
+def spec_of(case: Case) -> DivergenceSpec:
+    return DivergenceSpec(case.beta, case.temperature, case.clip, case.clip_mode)
+
+
+def logits(rows: int, columns: int, *, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Logits of two sides that have something to do with each other, as fresh contiguous tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(rows, columns, generator=generator) * scale
+    teacher = student + torch.randn(rows, columns, generator=generator) * scale / 2
+    return student.to(DEVICE), teacher.to(DEVICE)
+
+
+def extreme_logits() -> tuple[Tensor, Tensor]:
+    """Four legitimate rows: disjoint one-hots; holes in both sides; a one-hot; pieces without a finite logit."""
+    student, teacher = logits(4, 301)
+    student[0], teacher[0] = -1e4, -1e4
+    student[0, 5] = teacher[0, 290] = 1e4
+    student[1, ::2] = -torch.inf
+    teacher[1, 1::2] = -torch.inf
+    student[2, 3] = 9.0
+    teacher[2, 1:] = -torch.inf
+    student[3, :290] = -torch.inf
+    student[3, 300] = torch.finfo(torch.float32).min
+    return student, teacher
+
+
+def in_rows_of(tensor: Tensor, stride: int, fill: float = 7.0) -> Tensor:
+    """The same numbers in rows ``stride`` apart, with ``fill`` between them."""
+    buffer = tensor.new_full((tensor.shape[0], stride), fill)
+    buffer[:, : tensor.shape[1]] = tensor
+    return buffer[:, : tensor.shape[1]]
+
+
+def normaliser_of(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``[4, r]`` float32, computed in float64."""
+    rows = []
+    for side in (student.double(), teacher.double()):
+        top = side.amax(1, keepdim=True)
+        rows += [top.squeeze(1), ((side - top) / temperature).exp().sum(1).log()]
+    return torch.stack(rows).float()
+
+
+def merge(statistics: Tensor) -> dict[str, Tensor]:
+    """Statistics of all pieces (and ranks) of rows as one, in float64."""
+    pieces = statistics.double()
+    result = {}
+    for side, top, unit, target in (("student", 0, 5, 7), ("teacher", 2, 6, 8)):
+        maximum = pieces[:, top].amax(0)
+        shift = pieces[:, top] - maximum
+        result[f"{side}_max"] = maximum
+        # The statistics know the temperature only through their sums, so the shift needs it from outside.
+        result[f"{side}_shift"] = shift
+        result[f"{side}_unit_log_sum"] = (pieces[:, unit] * shift.exp()).sum(0).log()
+        held = pieces[:, 9] > 0
+        result[f"{side}_target"] = torch.where(held, pieces[:, target] + shift, torch.zeros_like(shift)).sum(0)
+    attained = (result["student_shift"] == 0) & (result["teacher_shift"] == 0)
+    result["agreement"] = (pieces[:, 4] * attained).amax(0)
+    result["held"] = pieces[:, 9].sum(0)
+    return result
+
+
+def merged_normaliser(statistics: Tensor, temperature: float) -> Tensor:
+    """``[4, r]`` float64 from the statistics of all pieces (and ranks)."""
+    merged = merge(statistics)
+    log_sums = [
+        (statistics[:, row].double() * (merged[f"{side}_shift"] / temperature).exp()).sum(0).log()
+        for side, row in (("student", 1), ("teacher", 3))
+    ]
+    return torch.stack([merged["student_max"], log_sums[0], merged["teacher_max"], log_sums[1]])
+
+
+def reference_slope(s: Tensor, t: Tensor, case: Case) -> Tensor:
+    """``h`` from float64 log-probabilities: autograd of the clipped terms, and the centre that zeroes equal sides."""
+    s = s.detach().requires_grad_()
+    clip = spec_of(case).entry_clip
+    terms = entries(s, t, case)
+    (terms if clip is None else terms.clamp(max=clip)).sum().backward()
+    assert s.grad is not None
+    centre = 0 if case.clip_mode == "bregman" else {0.0: 1, 1.0: -1}.get(case.beta, 0)
+    return s.grad + centre * s.detach().exp()
+
+
+def reference_sums(s: Tensor, t: Tensor, case: Case) -> Tensor:
+    """``[9, r]`` from float64 log-probabilities."""
+    d = entries(s, t, case)
+    p, q = s.exp(), t.exp()
+    clip = spec_of(case).entry_clip
+    clipped = torch.zeros_like(d) if clip is None else (d >= clip).double()
+    kept = d if clip is None else d.clamp(max=clip)
+    kept_sums = [kept, clipped, clipped * q]
+    rows = [d, reference_slope(s, t, case), *kept_sums, -p * s, -q * t, q * (t - s), p * (s - t)]
+    return torch.stack([row.sum(1) for row in rows])
+
+
+def exact_terms(student: Tensor, teacher: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """Values and slopes from log-probabilities by the definitions, in 40 digits: they cancel too much for float64."""
+    beta = Decimal(case.beta)
+    values, slopes = [], []
+    with localcontext(prec=40):
+        for number_s, number_t in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True):
+            s, t = Decimal(number_s), Decimal(number_t)
+            p, q = s.exp(), t.exp()
+            log_m = ((1 - beta) * p + beta * q).ln()
+            if beta == 0:
+                values.append(q * (t - s) + (p - q if case.clip_mode == "bregman" else 0))
+                slopes.append(p - q)
+            elif beta == 1:
+                values.append(p * (s - t) + (q - p if case.clip_mode == "bregman" else 0))
+                slopes.append(p * (s - t))
+            else:
+                values.append(beta * q * (t - log_m) + (1 - beta) * p * (s - log_m))
+                slopes.append((1 - beta) * p * (s - log_m))
+    shape = {"dtype": torch.float64, "device": DEVICE}
+    return tuple(torch.tensor([float(x) for x in xs], **shape).view_as(student) for xs in (values, slopes))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, with blocks so small that a few hundred columns are several blocks in several pieces."""
+    from opsd_megatron.losses import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "BLOCK", 128)
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", 4)
+    return triton_kernels
+
+
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[3]
+    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+test_kernels_in_the_interpreter.__test__ = DEVICE == "cpu" and not INTERPRETED  # type: ignore[attr-defined]
+
+
+class TestKernels:
+    __test__ = DEVICE == "cuda" or INTERPRETED
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_sums_and_gradient_are_those_of_float64(self, kernels: ModuleType, case: Case) -> None:
+        rows, columns = 2, 301
+        student, teacher = logits(rows, columns, seed=CASES.index(case))
+        weights = torch.tensor([1.0, 0.3], device=DEVICE)
+        normaliser = normaliser_of(student, teacher, case.temperature)
+        s, t = (torch.log_softmax(side.double() / case.temperature, 1) for side in (student, teacher))
+
+        sums = kernels.row_sums(student, teacher, normaliser, spec_of(case))
+        expected = reference_sums(s, t, case)
+        assert sums.dtype == torch.float32
+        for row in (0, 1, 2, 4, 5, 6, 7, 8):
+            assert worst(sums[row], expected[row], unit=1.0) < TOLERANCE * max(1, float(expected[row].abs().max()))
+        assert torch.equal(sums[3].double(), expected[3])
+        if spec_of(case).entry_clip is None:
+            assert torch.equal(sums[2], sums[0])
+            assert not sums[3:5].any()
+
+        # Autograd knows the gradient of a weighted loss without any slope.
+        unclipped_rows = Case(case.beta, case.temperature, spec_of(case).entry_clip, case.clip_mode)
+        leaf = student.double().requires_grad_()
+        (dense_divergence(leaf, teacher, unclipped_rows) * weights).sum().backward()
+        assert leaf.grad is not None
+        teacher_before = teacher.clone()
+        kernels.write_gradient_(student, teacher, normaliser, sums[1], weights / case.temperature, spec_of(case))
+        scale = weights.unsqueeze(1) * (s.exp() + t.exp()) * (1 + (s - t).abs()) / case.temperature
+        assert ((student - leaf.grad).abs() <= TOLERANCE * scale).all()
+        assert torch.equal(teacher, teacher_before)
+
+    @pytest.mark.parametrize("distance", [1e-3, 1e-5])
+    @pytest.mark.parametrize("case", NEAR, ids=str)
+    def test_nearly_equal_sides(self, kernels: ModuleType, case: Case, distance: float) -> None:
+        # Log-probabilities in place of logits, and a normaliser of zeros: what is measured is the maths of an entry,
+        # free of the rounding of log-probabilities that comes before it.
+        student = torch.log_softmax(logits(2, 101)[0], 1)
+        teacher = student + distance * torch.randn(2, 101, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        nothing, one = torch.zeros(4, 2, device=DEVICE), torch.ones(2, device=DEVICE)
+        value, slope = exact_terms(student, teacher, case)
+
+        sums = kernels.row_sums(student, teacher, nothing, spec_of(case))
+        p = student.double().exp()
+        if case.beta in (0, 1) and case.clip_mode != "bregman":
+            # Signed terms of the first order in the distance, each rounded, sum to one of the second.
+            first_order = (p * (student.double() - teacher.double()).abs()).sum(1)
+            assert ((sums[0] - value.sum(1)).abs() < 4 * EPS * first_order).all()
+        else:
+            assert worst(sums[0], value.sum(1)) < 1e-6
+        kernels.write_gradient_(student, teacher, nothing, 0 * one, one, spec_of(case))
+        # A difference of two probabilities keeps their absolute accuracy, everything else the relative one.
+        allowed = 4 * EPS * p if case.beta == 0 else 4e-6 * slope.abs()
+        assert ((student - slope).abs() <= allowed).all()
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_equal_sides_give_exactly_nothing(self, kernels: ModuleType, beta: float, temperature: float) -> None:
+        student, _ = logits(2, 301, scale=5.0)
+        student[0, ::7] = -torch.inf
+        student[1, 1:] = -1e4
+        teacher = student.clone()
+        statistics = kernels.row_statistics(student, teacher, temperature=temperature, local_targets=None)
+        assert torch.equal(statistics[:, [0, 1, 5, 7]], statistics[:, [2, 3, 6, 8]])
+        assert (merge(statistics)["agreement"] == 1).all()
+        normaliser = normaliser_of(student, teacher, temperature)
+        nothing, one = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+        for mode in MODES_OF_TERMS:
+            spec = DivergenceSpec(beta, temperature, 0.05, mode)
+            sums = kernels.row_sums(student, teacher, normaliser, spec)
+            assert not sums[[0, 1, 2, 3, 4, 7, 8]].any()
+            assert torch.equal(sums[5], sums[6])
+            gradient = student.clone()
+            kernels.write_gradient_(gradient, teacher, normaliser, nothing, one, spec)
+            assert not gradient.any()
+
+    @pytest.mark.parametrize("temperature", TEMPERATURES)
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 512), (2, 128), (3, 301)])
+    def test_statistics_merge_to_the_whole(
+        self, kernels: ModuleType, rows: int, columns: int, temperature: float
+    ) -> None:
+        student, teacher = logits(rows, columns, seed=rows)
+        teacher[0] = student[0]
+        targets = torch.arange(rows, device=DEVICE) * 97 % columns
+        targets[-1] = columns - 1
+        statistics = kernels.row_statistics(student, teacher, temperature=temperature, local_targets=targets)
+        pieces = {1: 1, 512: 4, 128: 1, 301: 2}[columns]
+        assert statistics.shape == (pieces, 10, rows)
+        merged = merge(statistics)
+        assert torch.equal(merged["student_max"].float(), student.amax(1))
+        assert torch.equal(merged["teacher_max"].float(), teacher.amax(1))
+        assert torch.equal(merged["agreement"] == 1, student.argmax(1) == teacher.argmax(1))
+        assert (merged["held"] == 1).all()
+        normaliser = merged_normaliser(statistics, temperature)
+        assert worst(normaliser, normaliser_of(student, teacher, temperature).double(), unit=1.0) < TOLERANCE
+        for name, side in (("student", student), ("teacher", teacher)):
+            actual = merged[f"{name}_target"] - merged[f"{name}_unit_log_sum"]
+            expected = torch.log_softmax(side.double(), 1).gather(1, targets.unsqueeze(1)).squeeze(1)
+            assert worst(actual, expected, unit=1.0) < TOLERANCE
+
+    def test_every_piece_is_that_of_its_columns(self, kernels: ModuleType) -> None:
+        student, teacher = logits(2, 301)
+        targets = torch.tensor([10, 300], device=DEVICE)
+        whole = kernels.row_statistics(student, teacher, temperature=0.7, local_targets=targets)
+        # Four programs for two rows: two pieces of three blocks, two blocks in the first.
+        assert whole.shape[0] == 2
+        for number, begin in enumerate((0, 256)):
+            columns = slice(begin, begin + 256)
+            part = kernels.row_statistics(
+                student[:, columns], teacher[:, columns], temperature=0.7, local_targets=targets - begin
+            )
+            assert torch.equal(part[:, 9].sum(0), whole[number, 9])
+            assert torch.equal(part[:, 0].amax(0), whole[number, 0])
+            assert torch.equal(part[:, 2].amax(0), whole[number, 2])
+            assert worst(merged_normaliser(part, 0.7), merged_normaliser(whole[number : number + 1], 0.7)) < TOLERANCE
+
+    def test_halves_of_two_ranks_merge_to_one_normaliser(self, kernels: ModuleType) -> None:
+        student, teacher = logits(3, 300)
+        teacher[0] = student[0]
+        targets = torch.tensor([149, 150, 299], device=DEVICE)
+        halves = []
+        for begin, end in ((0, 150), (150, 300)):
+            local = torch.where((targets >= begin) & (targets < end), targets - begin, -1)
+            columns = slice(begin, end)  # Slices, so rows are 300 apart where only 150 columns are this rank's.
+            halves.append(
+                kernels.row_statistics(student[:, columns], teacher[:, columns], temperature=1.1, local_targets=local)
+            )
+        both = torch.cat(halves)
+        expected = normaliser_of(student, teacher, 1.1).double()
+        assert worst(merged_normaliser(both, 1.1), expected, unit=1.0) < TOLERANCE
+        merged = merge(both)
+        assert (merged["held"] == 1).all()
+        assert halves[0][:, 9].sum(0).tolist() == [1, 0, 0]
+        assert torch.equal(merged["agreement"] == 1, student.argmax(1) == teacher.argmax(1))
+        # And the sums: those of both halves are those of the whole.
+        spec = DivergenceSpec(0.5, 1.1, 1e-3)
+        parts = [kernels.row_sums(student[:, a:b], teacher[:, a:b], expected.float(), spec) for a, b in HALVES]
+        whole = kernels.row_sums(student, teacher, expected.float(), spec)
+        assert worst(parts[0] + parts[1], whole) < TOLERANCE
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_maxima_in_different_columns_or_pieces_do_not_agree(self, kernels: ModuleType, temperature: float) -> None:
+        student, teacher = torch.zeros(4, 301, device=DEVICE), torch.zeros(4, 301, device=DEVICE)
+        for row, (student_top, teacher_top) in enumerate([(3, 3), (3, 131), (131, 3), (3, 299)]):
+            student[row, student_top] = teacher[row, teacher_top] = 2.0
+        statistics = kernels.row_statistics(student, teacher, temperature=temperature, local_targets=None)
+        assert merge(statistics)["agreement"].tolist() == [1, 0, 0, 0]
+        # A tie for the largest logit agrees with either.
+        student[1, 131] = 2.0
+        statistics = kernels.row_statistics(student, teacher, temperature=temperature, local_targets=None)
+        assert merge(statistics)["agreement"].tolist() == [1, 1, 0, 0]
+
+    def test_rows_may_be_further_apart_than_their_columns(self, kernels: ModuleType) -> None:
+        student, teacher = logits(3, 301)
+        targets = torch.tensor([0, 150, 300], device=DEVICE)
+        spec = DivergenceSpec(0.1, 0.7, 1e-3)
+        normaliser = normaliser_of(student, teacher, 0.7)
+        slope_sum, factor = torch.randn(2, 3, device=DEVICE)
+        far_student, far_teacher = in_rows_of(student, 317), in_rows_of(teacher, 333)
+        for function in (
+            lambda s, t: kernels.row_statistics(s, t, temperature=0.7, local_targets=targets),
+            lambda s, t: kernels.row_sums(s, t, normaliser, spec),
+        ):
+            assert torch.equal(function(far_student, far_teacher), function(student, teacher))
+        # The small inputs may be slices of something larger as well.
+        sparse = normaliser.repeat_interleave(2, 1)[:, ::2]
+        kernels.write_gradient_(far_student, far_teacher, sparse, slope_sum, factor, spec)
+        kernels.write_gradient_(student, teacher, normaliser, slope_sum, factor, spec)
+        assert torch.equal(far_student, student)
+        # Nothing is written between the rows.
+        assert (far_student.as_strided((3, 16), (317, 1), 301) == 7).all()
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_statistics_of_extreme_logits(
+        self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, temperature: float
+    ) -> None:
+        monkeypatch.setattr(kernels, "PROGRAMS", 8)
+        student, teacher = extreme_logits()
+        targets = torch.tensor([290, 0, 3, 100], device=DEVICE)
+        statistics = kernels.row_statistics(student, teacher, temperature=temperature, local_targets=targets)
+        assert not statistics.isnan().any()
+        assert statistics.shape[0] == 2
+        assert statistics[0, [0, 1, 4, 5], 3].tolist() == [-math.inf, 0, 0, 0]
+        normaliser = normaliser_of(student, teacher, temperature).double()
+        assert worst(merged_normaliser(statistics, temperature), normaliser, unit=1.0) < TOLERANCE
+        merged = merge(statistics)
+        assert not merged["agreement"].any()
+        actual = merged["student_target"] - merged["student_unit_log_sum"]
+        expected = torch.log_softmax(student.double(), 1).gather(1, targets.unsqueeze(1)).squeeze(1)
+        assert expected.isinf().tolist() == [False, True, False, True]
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=TOLERANCE)
+
+    @pytest.mark.parametrize("beta", BETAS)
+    def test_extreme_logits_stay_finite(self, kernels: ModuleType, beta: float) -> None:
+        student, teacher = extreme_logits()
+        normaliser = normaliser_of(student, teacher, 0.7)
+        for clip, mode in ((None, "entry"), (0.05, "entry"), (0.05, "bregman")):
+            spec = DivergenceSpec(beta, 0.7, clip, mode)
+            sums = kernels.row_sums(student, teacher, normaliser, spec)
+            assert sums.isfinite().all()
+            gradient = student.clone()
+            kernels.write_gradient_(gradient, teacher, normaliser, sums[1], torch.ones(4, device=DEVICE), spec)
+            assert gradient.isfinite().all()
+            # Disjoint one-hots: no entropy, each KL is the distance of the logits, and between them nothing but beta.
+            assert sums[5:7, 0].tolist() == [0, 0]
+            assert sums[7:9, 0].tolist() == pytest.approx([2e4 / 0.7] * 2, rel=1e-6)
+            if 0 < beta < 1:
+                expected = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+                assert sums[0, 0].item() == pytest.approx(expected, rel=1e-6)
+
+    def test_an_entry_without_probability_adds_exactly_nothing(self, kernels: ModuleType) -> None:
+        student, teacher = logits(2, 100)
+        normaliser = normaliser_of(student, teacher, 1.0)
+        padded = [torch.cat([side, side.new_full((2, 28), -torch.inf)], 1) for side in (student, teacher)]
+        for beta in (0.0, 0.5, 1.0):
+            spec = DivergenceSpec(beta, 1.0, 1e-3)
+            assert torch.equal(
+                kernels.row_sums(*padded, normaliser, spec), kernels.row_sums(student, teacher, normaliser, spec)
+            )
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("column", [0, 200, 300])
+    def test_a_logit_that_is_no_number_marks_its_side(self, kernels: ModuleType, bad: float, column: int) -> None:
+        student, teacher = logits(3, 301)
+        student[0, column] = bad
+        teacher[1, column] = bad
+        statistics = kernels.row_statistics(student, teacher, temperature=0.7, local_targets=None)
+        maxima = statistics[:, [0, 2]].amax(0)
+        assert torch.equal(maxima == torch.inf, torch.tensor([[1, 0, 0], [0, 1, 0]], device=DEVICE).bool())
+        assert torch.equal(maxima[:, 2], torch.stack([student[2].amax(), teacher[2].amax()]))
+
+    def test_an_empty_shard_adds_nothing(self, kernels: ModuleType) -> None:
+        student, teacher = logits(3, 0)
+        targets = torch.full((3,), -1, device=DEVICE)
+        statistics = kernels.row_statistics(student, teacher, temperature=0.7, local_targets=targets)
+        assert (statistics[:, [0, 2]] == -torch.inf).all()
+        assert not statistics[:, [1, *range(3, 10)]].any()
+        spec = DivergenceSpec(0.5, 0.7, 0.05)
+        nothing = torch.zeros(4, 3, device=DEVICE)
+        assert torch.equal(kernels.row_sums(student, teacher, nothing, spec), torch.zeros(9, 3, device=DEVICE))
+        kernels.write_gradient_(student, teacher, nothing, nothing[0], nothing[1], spec)
+
+    def test_targets_outside_of_the_shard_are_not_held(self, kernels: ModuleType) -> None:
+        student, teacher = logits(4, 301)
+        targets = torch.tensor([-1, 301, 1 << 40, 5], device=DEVICE)
+        statistics = kernels.row_statistics(student, teacher, temperature=1.0, local_targets=targets)
+        assert statistics[:, 9].sum(0).tolist() == [0, 0, 0, 1]
+        assert not statistics[:, 7:, :3].any()
+        without = kernels.row_statistics(student, teacher, temperature=1.0, local_targets=None)
+        assert torch.equal(without[:, :7], statistics[:, :7])
+        assert not without[:, 7:].any()
+
+    def test_the_constants_in_use(self) -> None:
+        from opsd_megatron.losses import triton_kernels
+
+        student, teacher = logits(2, 2 * triton_kernels.BLOCK + 77)
+        spec = DivergenceSpec(0.5, 1.1, 1e-3)
+        statistics = triton_kernels.row_statistics(student, teacher, temperature=1.1, local_targets=None)
+        normaliser = normaliser_of(student, teacher, 1.1)
+        assert worst(merged_normaliser(statistics, 1.1), normaliser.double(), unit=1.0) < TOLERANCE
+        s, t = (torch.log_softmax(side.double() / 1.1, 1) for side in (student, teacher))
+        sums = triton_kernels.row_sums(student, teacher, normaliser, spec)
+        expected = reference_sums(s, t, Case(0.5, 1.1, 1e-3))
+        assert worst(sums[[0, 2, 5, 6, 7, 8]], expected[[0, 2, 5, 6, 7, 8]], unit=1.0) < 2 * TOLERANCE
+
+    def test_inputs_that_a_kernel_would_misread_are_refused(self, kernels: ModuleType) -> None:
+        student, teacher = logits(2, 64)
+        with pytest.raises(ValueError, match=r"teacher is torch\.bfloat16"):
+            kernels.row_statistics(student, teacher.bfloat16(), temperature=1.0, local_targets=None)
+        with pytest.raises(ValueError, match=r"teacher is torch\.float32 \(2, 63\)"):
+            kernels.row_sums(student, teacher[:, 1:], torch.zeros(4, 2), DivergenceSpec(0.5))
+        with pytest.raises(ValueError, match="student has strides"):
+            kernels.row_statistics(student.t(), teacher.t(), temperature=1.0, local_targets=None)
+
+
+class TestCuts:
+    """How rows are cut into pieces; runs anywhere, no kernel involved."""
+
+    @pytest.mark.parametrize("rows", [1, 2, 100, 2047, 2048, 5000])
+    @pytest.mark.parametrize("columns", [0, 1, 1024, 1025, 18992, 151936])
+    def test_pieces_cover_the_columns_with_none_empty(self, rows: int, columns: int) -> None:
+        from opsd_megatron.losses.triton_kernels import BLOCK, PROGRAMS, _cut
+
+        pieces, piece = _cut(rows, columns)
+        assert piece % BLOCK == 0
+        assert (pieces - 1) * piece < max(columns, 1) <= pieces * piece
+        assert pieces == 1 or rows * pieces < 2 * PROGRAMS
+
+
+class TestCompilation:
+    """Every kernel down to the machine code of a GPU that need not be here."""
+
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize(("architecture", "specs"), [(80, SPECS[:1]), (90, SPECS), (100, SPECS[:1])])
+    @pytest.mark.parametrize("name", ["statistics", "sums", "gradient"])
+    def test_kernels_compile_for_cuda(
+        self,
+        name: str,
+        architecture: int,
+        specs: list[DivergenceSpec],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from triton import knobs
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        from opsd_megatron.losses import triton_kernels
+
+        monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))  # nothing from earlier runs
+        kernel = getattr(triton_kernels, f"_{name}_kernel")
+        variants = STATISTICS_VARIANTS if name == "statistics" else [triton_kernels._variant(spec) for spec in specs]
+        for variant in variants:
+            constants = {**variant, "BLOCK": triton_kernels.BLOCK}
+            if variant.get("HAS_TARGETS") is False:
+                constants["targets"] = None
+            types = {
+                argument: "constexpr" if argument in constants else type_of(argument) for argument in kernel.arg_names
+            }
+            # What triton finds out at a launch with aligned tensors and a vocabulary divisible by 16.
+            aligned = {
+                (number,): [["tt.divisibility", 16]]
+                for number, (argument, kind) in enumerate(types.items())
+                if kind.startswith("*") or argument in ("columns", "piece", "student_stride", "teacher_stride")
+            }
+            source = ASTSource(kernel, types, constants, aligned)
+            compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=triton_kernels._LAUNCH)
+            assert compiled.asm["cubin"][:4] == b"\x7fELF"
+            # Four columns of each side in one load, and no accumulator spilled to memory (LDL: load local).
+            assert compiled.asm["ptx"].count("ld.global.v4.b32") == 2
+            assert "LDL" not in compiled.asm["sass"]
