@@ -18,7 +18,7 @@ from opsd_megatron.errors import ConfigError
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.backend": ("auto", "torch", "transformer_engine"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.recompute": ("none", "full"),
+    "model.recompute": ("none", "selective", "full"),
     "objective.name": ("opsd", "sft"),
     "objective.clip_mode": ("entry", "bregman", "rescale", "token", "none"),
     "objective.reduction": ("token", "sequence"),
@@ -39,7 +39,8 @@ class ModelConfig:
         checkpoint: Megatron checkpoint directory to take the initial weights from instead of ``path``'s safetensors.
         backend: ``transformer_engine`` (CUDA), ``torch`` (CPU and CUDA), or ``auto``: the former where it can be used.
         dtype: Parameter dtype; the optimizer and all reductions of the loss are float32 either way.
-        recompute: ``full`` recomputes every layer in backward instead of keeping its activations.
+        recompute: What backward computes again instead of keeping its activations: ``selective`` the MLPs (or experts),
+            whose activations are the largest of a layer; ``full`` whole layers.
         max_length: Longest sequence (prompt and response, either role) in tokens; ``None``: the model's
             ``max_position_embeddings``.
     """

@@ -86,6 +86,50 @@ def plan_micro_batches(
         count += count_multiple_of  # ends: with a micro-batch for every sample there is always an empty one
 
 
+def packing_efficiency(
+    samples: Sequence[AlignedSample],
+    plan: Sequence[Sequence[Sequence[int]]],
+    *,
+    with_teacher: bool,
+    sequence_multiple_of: int = 1,
+    multiple_of: int = 1,
+) -> float:
+    """How much of the step's computing goes into tokens of samples.
+
+    The rest is padding, and waiting for the data-parallel rank that has most to do. Tokens count by the forward passes
+    they cost, as in the plan: a student's three times, since it also runs backward.
+
+    Args:
+        samples: All samples of the step.
+        plan: What :func:`plan_micro_batches` made of them.
+        with_teacher: As for :func:`pack`.
+        sequence_multiple_of: As for :func:`pack`.
+        multiple_of: As for :func:`pack`.
+
+    Returns:
+        Useful work over ranks times the work of the busiest one; above 0, at most 1.
+    """
+
+    def slots(lengths: Sequence[int]) -> int:
+        total = sum(length + -length % sequence_multiple_of for length in lengths)
+        return total + _filler(total, multiple_of)
+
+    def work(indices: Sequence[int]) -> int:
+        student = slots([samples[i].student_tokens for i in indices])
+        return _work(student, slots([samples[i].teacher_tokens for i in indices]) if with_teacher else 0)
+
+    useful = sum(_work(sample.student_tokens, sample.teacher_tokens) for sample in samples)
+    return useful / (len(plan) * max(sum(work(indices) for indices in rank) for rank in plan))
+
+
+def _filler(tokens: int, multiple_of: int) -> int:
+    """Filler tokens after so many packed ones.
+
+    Without samples a side still has two: the least that a causal model treats as an ordinary sequence.
+    """
+    return -tokens % multiple_of if tokens else max(2, multiple_of)
+
+
 def _first_fit(samples: Sequence[AlignedSample], order: Sequence[int], token_budget: int) -> int:
     """Micro-batches needed when each sample goes into the first that has room, close to the fewest possible."""
     bins: list[_Bin] = []
@@ -112,16 +156,23 @@ def _spread(
 
 
 def pack(
-    samples: Sequence[AlignedSample], *, with_teacher: bool, multiple_of: int = 1, pad_id: int = 0
+    samples: Sequence[AlignedSample],
+    *,
+    with_teacher: bool,
+    sequence_multiple_of: int = 1,
+    multiple_of: int = 1,
+    pad_id: int = 0,
 ) -> PackedMicroBatch:
     """Lay samples end to end, on both sides in the same order, and check the row invariant.
 
     Args:
         samples: The samples of one micro-batch; none makes one that holds filler only.
         with_teacher: Pack the teacher's side too.
-        multiple_of: Each side's T becomes a multiple of this (sequence parallelism splits it evenly) by one more
-            sequence of filler at the end, which carries no loss.
-        pad_id: The filler's token id.
+        sequence_multiple_of: Each sequence's length becomes a multiple of this (context parallelism splits each one
+            evenly) by padding at its end, which nothing before it sees and which carries no loss.
+        multiple_of: Each side's T becomes a multiple of this, itself one of ``sequence_multiple_of`` (sequence
+            parallelism splits T evenly), by one more sequence of filler at the end, which carries no loss.
+        pad_id: The padding's token id.
 
     Returns:
         The micro-batch on CPU; ``R`` is the number of response tokens, 0 without samples.
@@ -131,11 +182,13 @@ def pack(
     """
     for sample in samples:
         _check_sample(sample, with_teacher)
+
+    def side(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> PackedSequences:
+        return _sequences(pairs, sequence_multiple_of, multiple_of, pad_id)
+
     batch = PackedMicroBatch(
-        student=_sequences([(s.student_prompt_ids, s.response_ids) for s in samples], multiple_of, pad_id),
-        teacher=_sequences([(s.teacher_prompt_ids or (), s.response_ids) for s in samples], multiple_of, pad_id)
-        if with_teacher
-        else None,
+        student=side([(s.student_prompt_ids, s.response_ids) for s in samples]),
+        teacher=side([(s.teacher_prompt_ids or (), s.response_ids) for s in samples]) if with_teacher else None,
         response_ids=_int64(token for s in samples for token in s.response_ids),
         row_weights=torch.tensor([s.row_weight for s in samples for _ in s.response_ids], dtype=torch.float32),
         engine_log_probs=torch.tensor([p for s in samples for p in _log_probs(s)], dtype=torch.float32),
@@ -156,9 +209,9 @@ def _check_sample(sample: AlignedSample, with_teacher: bool) -> None:
 
 
 def _sequences(
-    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], multiple_of: int, pad_id: int
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], sequence_multiple_of: int, multiple_of: int, pad_id: int
 ) -> PackedSequences:
-    """One side: prompt and response of each sample, then filler."""
+    """One side: prompt, response and padding of each sample, then filler."""
     ids: list[int] = []
     rows: list[int] = []
     lengths: list[int] = []
@@ -167,9 +220,10 @@ def _sequences(
         rows.extend(range(first, first + len(response)))
         ids.extend(prompt)
         ids.extend(response)
-        lengths.append(len(prompt) + len(response))
-    # Without samples a side still has two tokens: the least that a causal model treats as an ordinary sequence.
-    filler = -len(ids) % multiple_of if ids else max(2, multiple_of)
+        padding = -(len(prompt) + len(response)) % sequence_multiple_of
+        ids.extend([pad_id] * padding)
+        lengths.append(len(prompt) + len(response) + padding)
+    filler = _filler(len(ids), multiple_of)
     if filler:
         ids.extend([pad_id] * filler)
         lengths.append(filler)

@@ -244,7 +244,7 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
     """
     dtype = _DTYPES[config.model.dtype]
     on_cuda = dims.device.type == "cuda"
-    full_recompute = config.model.recompute == "full"
+    recompute = config.model.recompute
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -283,9 +283,11 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         # forward and backward separately, overlapped with computation.
         batch_p2p_comm=on_cuda and dims.vpp == 1,
         overlap_p2p_comm=dims.vpp > 1,
-        recompute_granularity="full" if full_recompute else None,
-        recompute_method="uniform" if full_recompute else None,
-        recompute_num_layers=1 if full_recompute else None,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        # Not attention, of which the kernels in use keep little anyway.
+        recompute_modules=["mlp", "moe"] if recompute == "selective" else None,
         apply_rope_fusion=backend == "transformer_engine",
         gradient_accumulation_fusion=on_cuda and has_fused_weight_gradient(),
         bias_activation_fusion=False,

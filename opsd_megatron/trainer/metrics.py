@@ -49,6 +49,7 @@ class StepReporter:
         rollouts: Sequence[Rollout],
         evaluation: dict[str, Any] | None,
         timer: PhaseTimer,
+        packing_efficiency: float,
     ) -> None:
         """Report one optimizer step."""
         if self.writer is None or self.progress is None:
@@ -63,6 +64,7 @@ class StepReporter:
             "lr": result.lr,
             "tokens": result.rows,
             "packed_tokens": packed,
+            "packing_efficiency": packing_efficiency,
             "response_tokens_mean": result.rows / len(samples),
             "packed_tokens_per_second": packed / trained,
             "seconds": seconds,

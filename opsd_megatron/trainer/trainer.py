@@ -11,7 +11,7 @@ import numpy as np
 
 from opsd_megatron.checkpoint.state import TrainerState, prune_checkpoints, save_checkpoint
 from opsd_megatron.config import Config
-from opsd_megatron.data.packing import pack, plan_micro_batches
+from opsd_megatron.data.packing import pack, packing_efficiency, plan_micro_batches
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.data.sampler import ProblemSampler
 from opsd_megatron.distributed.parallel import ParallelDims
@@ -102,7 +102,7 @@ class Trainer:
         self.reporter.rollouts(step, rollouts)
         with timer("pack"):
             samples = self.objective.samples(problems, rollouts)
-            micro_batches = self._micro_batches(samples)
+            micro_batches, efficiency = self._micro_batches(samples)
         with timer("teacher"):
             targets = [None] * len(micro_batches) if self.teacher is None else self.teacher.targets(micro_batches)
         with timer("student"):
@@ -111,7 +111,7 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.after_step()
         evaluation = self._evaluate(step, timer)
-        self.reporter.step(step, result, samples, rollouts, evaluation, timer)
+        self.reporter.step(step, result, samples, rollouts, evaluation, timer, efficiency)
         self._check_engine(result, step)
 
     def _update(
@@ -151,23 +151,24 @@ class Trainer:
             for problem, prompt, generation in zip(repeated, prompts, generations, strict=True)
         ]
 
-    def _micro_batches(self, samples: Sequence[AlignedSample]) -> list[PackedMicroBatch]:
-        """This data-parallel rank's slice of the plan that every rank computes."""
+    def _micro_batches(self, samples: Sequence[AlignedSample]) -> tuple[list[PackedMicroBatch], float]:
+        """This data-parallel rank's slice of the plan that every rank computes, and the whole plan's efficiency."""
         plan = plan_micro_batches(
             samples,
             dp_size=self.dims.dp,
             token_budget=self.config.train.tokens_per_micro_batch,
             count_multiple_of=self.dims.pp if self.dims.vpp > 1 else 1,
         )
-        return [
-            pack(
-                [samples[index] for index in indices],
-                with_teacher=self.objective.needs_teacher,
-                # Sequence parallelism splits every packed sequence evenly over tp.
-                multiple_of=self.dims.tp if self.dims.sequence_parallel else 1,
-            ).to(self.dims.device)
+        # Sequence parallelism splits packed tokens evenly over tp.
+        multiple_of = self.dims.tp if self.dims.sequence_parallel else 1
+        with_teacher = self.objective.needs_teacher
+        micro_batches = [
+            pack([samples[index] for index in indices], with_teacher=with_teacher, multiple_of=multiple_of).to(
+                self.dims.device
+            )
             for indices in plan[self.dims.dp_rank]
         ]
+        return micro_batches, packing_efficiency(samples, plan, with_teacher=with_teacher, multiple_of=multiple_of)
 
     def _sync(self, engine: RolloutEngine, timer: PhaseTimer) -> None:
         """Bring the engine to the trainer's weights, right before it samples; at the start and after a resume too."""

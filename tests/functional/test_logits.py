@@ -38,7 +38,7 @@ class Mesh:
 
     def __str__(self) -> str:
         interleaved = f"-vpp{self.vpp}" * (self.vpp > 1)
-        recompute = "-recompute" * (self.recompute == "full")
+        recompute = f"-{self.recompute}-recompute" * (self.recompute != "none")
         return f"tp{self.tp}-pp{self.pp}{interleaved}" + "-sp" * self.sequence + recompute
 
 
@@ -49,7 +49,7 @@ MESHES = (
     Mesh(2, 2),
     Mesh(2, 1, sequence=True, recompute="full"),
     Mesh(2, 2, sequence=True),
-    Mesh(1, 2, vpp=2),
+    Mesh(1, 2, vpp=2, recompute="selective"),
     Mesh(2, 2, vpp=2, sequence=True),
     Mesh(4, 1, sequence=True),
 )

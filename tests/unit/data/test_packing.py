@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_megatron.data.packing import pack, plan_micro_batches
+from opsd_megatron.data.packing import pack, packing_efficiency, plan_micro_batches
 from opsd_megatron.types import AlignedSample, PackedSequences
 
 
@@ -69,6 +71,58 @@ def test_plan_in_groups_for_interleaved_pipelines() -> None:
         assert sorted(index for batch in plan for index in batch) == list(range(5))
 
 
+def test_efficiency_by_hand() -> None:
+    """Student sides of 6 and 3 tokens (work 18 and 9), teacher sides of 10 and 5: 28 and 14 in all, 42."""
+    samples = [sample(2, 6, 4), sample(1, 3, 2)]
+    assert packing_efficiency(samples, [[[0, 1]]], with_teacher=True) == 1.0
+    assert packing_efficiency(samples, [[[0]], [[1]]], with_teacher=True) == 42 / (2 * 28)
+    # The empty micro-batch has two tokens on each side.
+    assert packing_efficiency(samples, [[[0, 1], []]], with_teacher=True) == 42 / 50
+    # Sides of 8 + 4 and 12 + 8 tokens, then 16 and 24.
+    assert packing_efficiency(samples, [[[0, 1]]], with_teacher=True, sequence_multiple_of=4) == 42 / (3 * 12 + 20)
+    padded = packing_efficiency(samples, [[[0, 1]]], with_teacher=True, sequence_multiple_of=4, multiple_of=8)
+    assert padded == 42 / (3 * 16 + 24)
+    alone = [AlignedSample(s.student_prompt_ids, None, s.response_ids) for s in samples]
+    assert packing_efficiency(alone, [[[0], [1]]], with_teacher=False, multiple_of=2) == 27 / 30
+
+
+@pytest.mark.parametrize(
+    ("dp", "problems", "sequence_multiple_of", "multiple_of"),
+    [(4, 32, 1, 1), (8, 64, 1, 8), (8, 128, 4, 16), (16, 256, 16, 64)],
+)
+def test_realistic_lengths_leave_little_idle(
+    dp: int, problems: int, sequence_multiple_of: int, multiple_of: int
+) -> None:
+    """Mathematics: prompts of some hundred tokens, references of several hundred, responses up to 2,048.
+
+    The multiples are those of tp 8 with sequence parallelism, of cp 2 with tp 8, and of cp 8 with tp 8.
+    """
+    for seed in range(5):
+        draw = random.Random(seed)
+
+        def length(median: int, spread: float, most: int, draw: random.Random = draw) -> int:
+            return max(1, min(most, round(draw.lognormvariate(0, spread) * median)))
+
+        samples = [
+            sample(prompt, prompt + length(500, 0.7, 4096), length(700, 0.7, 2048))
+            for prompt in [length(120, 0.4, 1024) for _ in range(problems)]
+        ]
+        plan = plan_micro_batches(samples, dp_size=dp, token_budget=16384)
+        layout = {"sequence_multiple_of": sequence_multiple_of, "multiple_of": multiple_of}
+        assert packing_efficiency(samples, plan, with_teacher=True, **layout) >= 0.95
+        # And it counts what pack() makes.
+        slots = [
+            sum(
+                3 * batch.student.ids.numel() + (0 if batch.teacher is None else batch.teacher.ids.numel())
+                for indices in rank
+                for batch in [pack([samples[i] for i in indices], with_teacher=True, **layout)]
+            )
+            for rank in plan
+        ]
+        useful = sum(3 * s.student_tokens + s.teacher_tokens for s in samples)
+        assert packing_efficiency(samples, plan, with_teacher=True, **layout) == useful / (dp * max(slots))
+
+
 def test_plan_without_samples_gives_every_rank_an_empty_micro_batch() -> None:
     assert plan_micro_batches([], dp_size=3, token_budget=8) == [[[]], [[]], [[]]]
 
@@ -126,6 +180,16 @@ def test_empty_micro_batch(multiple_of: int, tokens: int) -> None:
     assert batch.num_rows == 0
     assert batch.row_weights.shape == batch.engine_log_probs.shape == (0,)
     assert batch.row_weights.dtype == torch.float32
+
+
+def test_padding_ends_each_sequence_and_carries_no_loss() -> None:
+    samples = [AlignedSample((10, 11), None, (7, 8, 9)), AlignedSample((12,), None, (6,))]
+    batch = pack(samples, with_teacher=False, sequence_multiple_of=4, multiple_of=16, pad_id=99)
+    assert batch.student.ids.tolist() == [10, 11, 7, 8, 9, 99, 99, 99, 12, 6, 99, 99, 99, 99, 99, 99]
+    assert batch.student.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.student.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert batch.student.rows.tolist() == [1, 2, 3, 8]
+    assert batch.response_ids.tolist() == [7, 8, 9, 6]
 
 
 @settings(max_examples=80, deadline=None)

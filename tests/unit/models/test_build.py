@@ -94,3 +94,51 @@ def _check_marks(parameters: dict[str, Any], dims: Any) -> None:
         assert param_is_not_shared(parameter) == (name != "output_layer.weight"), name
     assert ("output_layer.weight" in parameters) == dims.is_last_stage
     assert ("embedding.word_embeddings.weight" in parameters) == dims.is_first_stage
+
+
+def test_recomputation_keeps_less_and_changes_nothing(tmp_path: Path) -> None:
+    path = make_tiny_qwen3(tmp_path, ffn=256)
+    (found,) = run_distributed(_kept_activations, 1, path)
+    kept = {mode: size for mode, (size, _) in found.items()}
+    assert kept["none"] > 1.5 * kept["selective"] > 3 * kept["full"]
+    gradients = [gradient for _, gradient in found.values()]
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients[1:])
+
+
+def _kept_activations(path: Path) -> dict[str, tuple[int, torch.Tensor]]:
+    """Bytes that autograd keeps between forward and backward, parameters aside, and one gradient."""
+    from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+    from opsd_megatron.data.packing import pack
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.distributed.seed import seed_everything
+    from opsd_megatron.models.build import build_model, forward_packed
+    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.weight_map import load_hf_weights
+    from opsd_megatron.types import AlignedSample
+
+    config = Config()
+    config.model.dtype = "float32"
+    dims = ParallelDims.initialize(config.parallel)
+    seed_everything(0, dims)
+    spec = read_spec(path)
+    batch = pack([AlignedSample(tuple(range(40)), None, tuple(range(24)))], with_teacher=False)
+    found = {}
+    for config.model.recompute in ("none", "selective", "full"):
+        chunks = build_model(spec, config, dims)
+        load_hf_weights(chunks, spec, SafetensorsReader(path), dims)
+        own = {parameter.untyped_storage().data_ptr() for parameter in chunks[0].parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = forward_packed(chunks[0], batch.student)
+        output.square().sum().backward()
+        gradient = chunks[0].decoder.layers[0].self_attention.linear_qkv.weight.grad
+        assert gradient is not None and gradient.abs().sum() > 0
+        found[config.model.recompute] = (sum(kept.values()), gradient)
+    return found

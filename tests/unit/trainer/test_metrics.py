@@ -38,7 +38,7 @@ def report(reporter: StepReporter, step: int, loss: float, divergence: float) ->
     with timer("student"):
         pass
     result = StepResult({"loss": loss, "divergence": divergence}, grad_norm=1.5, lr=0.1, rows=2)
-    reporter.step(step, result, [SAMPLE], [ROLLOUT], None, timer)
+    reporter.step(step, result, [SAMPLE], [ROLLOUT], None, timer, 0.75)
 
 
 def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.StringIO) -> None:
@@ -48,6 +48,7 @@ def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.St
     assert expected.items() <= line.items()
     # Two prompt and two response tokens of the student, three and two of the teacher.
     assert line["packed_tokens"] == 9
+    assert line["packing_efficiency"] == 0.75
     assert line["response_tokens_mean"] == 2.0
     assert line["truncated"] == 1.0 and line["policy_version"] == 3
     assert line["alarm"] is None
