@@ -57,18 +57,26 @@ class ModelConfig:
 class ParallelConfig:
     """The mesh. Data parallelism takes what is left: world size / (tensor * pipeline).
 
+    Experts lie on the same ranks in another way: within a stage, ``expert`` ranks hold different experts and
+    ``expert_tensor`` ranks parts of the same ones; what is left holds copies.
+
     Attributes:
         tensor: Tensor-parallel size; divides the model's key/value heads.
         pipeline: Pipeline stages. Where they do not divide the model's layers, the last ones hold one layer fewer.
         virtual_stages: Chunks of the model on each pipeline rank (Megatron's interleaved schedule). Above 1,
             micro-batches pass round the ranks so many times, and the pipeline idles less at both ends of a step.
-        sequence: Shard activations outside attention and MLP along the sequence (needs ``tensor > 1``).
+        expert: Expert-parallel size; divides the model's experts. 1 for a model without experts.
+        expert_tensor: Parts into which an expert is cut; ``None``: ``tensor``.
+        sequence: Shard activations outside attention and MLP along the sequence (needs ``tensor > 1``, and goes with
+            it for a model with experts).
         distributed_optimizer: Shard optimizer state over data-parallel ranks.
     """
 
     tensor: int = 1
     pipeline: int = 1
     virtual_stages: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
     sequence: bool = False
     distributed_optimizer: bool = True
 
@@ -310,6 +318,11 @@ class Config:
         """Tensor-parallel size of the rollout engine."""
         return self.parallel.tensor if self.rollout.tensor is None else self.rollout.tensor
 
+    @property
+    def expert_tensor(self) -> int:
+        """Parts into which an expert is cut."""
+        return self.parallel.tensor if self.parallel.expert_tensor is None else self.parallel.expert_tensor
+
     def validate(self, world_size: int) -> None:
         """Check every rule that needs neither files nor a model.
 
@@ -341,6 +354,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
     "parallel.virtual_stages": (1, None),
+    "parallel.expert": (1, None),
+    "parallel.expert_tensor": (1, None),
     "objective.beta": (0, 1),
     "objective.chunk_rows": (1, None),
     "data.max_prompt_tokens": (1, None),
@@ -418,6 +433,13 @@ def _check_mesh(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"parallel.virtual_stages={config.parallel.virtual_stages} interleaves the stages of a pipeline: it needs "
             "parallel.pipeline > 1"
+        )
+    expert_ranks = config.parallel.expert * config.expert_tensor
+    if (stage_ranks := world_size // config.parallel.pipeline) % expert_ranks:
+        raise ConfigError(
+            f"parallel.expert={config.parallel.expert} * parallel.expert_tensor={config.expert_tensor} does not divide "
+            f"the {stage_ranks} ranks of a pipeline stage; choose sizes whose product does (parallel.expert_tensor is "
+            "parallel.tensor unless set)"
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ConfigError("parallel.sequence=true shards over tensor-parallel ranks: it needs parallel.tensor > 1")

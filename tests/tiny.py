@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ def make_tiny_qwen3(
     max_positions: int = 1024,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    rope: dict[str, object] | None = None,
     with_tokenizer: bool = True,
     max_shard_size: str = "5GB",
 ) -> Path:
@@ -51,6 +53,7 @@ def make_tiny_qwen3(
         tied: Whether the output head is the embedding matrix.
         head_dim: As in Qwen3, not ``hidden_size / heads``.
         vocab_size: Rows of the embedding; at least 261 with a tokenizer, which leaves the rest unused as Qwen3 does.
+        rope: ``rope_parameters`` but for ``rope_theta``; ``None``: unscaled.
         with_tokenizer: Also write a byte-level tokenizer with Qwen's chat tokens and a chat template that knows
             ``enable_thinking``.
         max_shard_size: Larger models are written as several safetensors files with an index.
@@ -58,14 +61,9 @@ def make_tiny_qwen3(
     Returns:
         ``path``.
     """
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    logging.disable_progress_bar()
-    path = Path(path)
-    eos_id, pad_id = (vocab_size - 1, 0) if not with_tokenizer else (258, 256)
     config = Qwen3Config(
-        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=ffn,
         num_hidden_layers=num_layers,
@@ -73,29 +71,114 @@ def make_tiny_qwen3(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
-        initializer_range=0.08,
-        eos_token_id=eos_id,
-        pad_token_id=pad_id,
-        bos_token_id=None,
-        dtype=dtype,
+        **_common(vocab_size, rope, dtype, with_tokenizer),
     )
+    return _save(
+        Path(path),
+        config,
+        Qwen3ForCausalLM,
+        with_tokenizer=with_tokenizer,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+def _common(
+    vocab_size: int, rope: dict[str, object] | None, dtype: torch.dtype, with_tokenizer: bool
+) -> dict[str, object]:
+    """What the configurations of both families have."""
+    eos_id, pad_id = (vocab_size - 1, 0) if not with_tokenizer else (258, 256)
+    return {
+        "vocab_size": vocab_size,
+        "rope_parameters": {"rope_theta": 1_000_000.0, **(rope or {"rope_type": "default"})},
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.08,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "bos_token_id": None,
+        "dtype": dtype,
+    }
+
+
+def _save(
+    path: Path,
+    config: Any,
+    family: Any,
+    *,
+    with_tokenizer: bool,
+    max_shard_size: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
+        model = family(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("norm.weight"):
                     parameter.uniform_(0.5, 1.5)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.6, eos_token_id=eos_id, pad_token_id=pad_id
+        do_sample=True, temperature=0.6, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     if with_tokenizer:
-        _save_tokenizer(path, vocab_size)
+        _save_tokenizer(path, config.vocab_size)
     return path
+
+
+def make_tiny_qwen3_moe(
+    path: str | Path,
+    *,
+    num_layers: int = 4,
+    hidden_size: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    ffn: int = 96,
+    expert_ffn: int = 48,
+    experts: int = 8,
+    experts_per_token: int = 2,
+    normalized: bool = True,
+    sparse_step: int = 1,
+    dense_layers: tuple[int, ...] = (),
+    vocab_size: int = 272,
+    rope: dict[str, object] | None = None,
+    max_shard_size: str = "5GB",
+    with_tokenizer: bool = True,
+) -> Path:
+    """:func:`make_tiny_qwen3` with experts; untied, as the published ones are.
+
+    Args:
+        normalized: Whether a token's weights on its experts sum to 1.
+        sparse_step: Every so many layers one has experts.
+        dense_layers: Layers (from 0) that have none all the same.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=hidden_size,
+        intermediate_size=ffn,
+        moe_intermediate_size=expert_ffn,
+        num_experts=experts,
+        num_experts_per_tok=experts_per_token,
+        norm_topk_prob=normalized,
+        decoder_sparse_step=sparse_step,
+        mlp_only_layers=list(dense_layers),
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        **_common(vocab_size, rope, torch.float32, with_tokenizer),
+    )
+    return _save(Path(path), config, Qwen3MoeForCausalLM, with_tokenizer=with_tokenizer, max_shard_size=max_shard_size)
 
 
 def _save_tokenizer(path: Path, vocab_size: int) -> None:

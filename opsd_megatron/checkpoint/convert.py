@@ -20,7 +20,8 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ModelError
 from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
 from opsd_megatron.models.export import export_hf_weights
-from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
+from opsd_megatron.models.families import read_spec
+from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
 from opsd_megatron.types import PackedSequences
 

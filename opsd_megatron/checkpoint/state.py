@@ -28,7 +28,8 @@ from opsd_megatron.checkpoint import atomic, torch_dist
 from opsd_megatron.checkpoint.hf_io import copy_hf_files
 from opsd_megatron.distributed.collectives import gather_objects
 from opsd_megatron.errors import CheckpointError
-from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
+from opsd_megatron.models.families import read_spec
+from opsd_megatron.models.qwen3 import Qwen3Spec
 
 HF_FOLDER = "hf"
 _TRAINER_FILE = "trainer.json"

@@ -41,6 +41,53 @@ def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
 
 
+class _Stream:
+    """Orders nothing: work on the CPU is done when its call returns. Also an event, and the context of a stream."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        return None
+
+
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """``maybe_move_tensor_to_cpu`` for tensors that are there already: split sizes as the caller asks for them."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+
+
+def _even_collectives(mappings: Any) -> None:
+    """Let ``tensor_parallel.mappings`` gather and reduce-scatter unequal parts by padding; gloo takes equal ones."""
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def pad(part: Tensor, length: int) -> Tensor:
+        return torch.cat([part, part.new_zeros(length - len(part), *part.shape[1:])])
+
+    def gather_parts(
+        own: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(own, group, None, use_global_buffer)  # type: ignore[no-any-return]
+        parts = gather(pad(own, max(sizes)), group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce_parts(
+        parts: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(parts, group, None, use_global_buffer)  # type: ignore[no-any-return]
+        padded = torch.cat([pad(part, max(sizes)) for part in parts.split(sizes)])
+        return reduce_scatter(padded, group)[: sizes[group.rank()]]  # type: ignore[no-any-return]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_parts, reduce_parts
+
+
 _mode: _CudaLiteralsToCpu | None = None
 
 
@@ -80,6 +127,27 @@ def install_cpu_stand_ins() -> None:
     # torch.cuda.default_generators, which are empty without a device.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    # transformer/moe/token_dispatcher.py:427,869-895 copies counts to the host on a stream of its own (the comparison
+    # with the current stream, :871, must find it current), and leaves split sizes as tensors where they are there
+    # already, which gloo's all-to-all does not take.
+    stream = _Stream()
+    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda *args, **kwargs: stream  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda *args, **kwargs: stream  # type: ignore[assignment, return-value]
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
+
+    # The dispatcher gathers over expert-tensor-parallel ranks what expert-parallel ones sent them, in unequal parts
+    # (:694-700,747).
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    _even_collectives(mappings)
+
+    # transformer/moe/moe_utils.py:1192,1225 look at a name that exists only beside Transformer Engine.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
     _mode = _CudaLiteralsToCpu()
     _mode.__enter__()

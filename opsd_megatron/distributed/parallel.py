@@ -71,6 +71,8 @@ class ParallelDims:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
             distributed_timeout_minutes=_TIMEOUT // timedelta(minutes=1),
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -110,6 +112,31 @@ class ParallelDims:
     def dp_group(self) -> dist.ProcessGroup:
         """Ranks that hold equal weights and see different data."""
         return self.pg_collection.dp
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """Ranks that together hold all experts of their layers: for each expert-parallel rank, the parts of its own."""
+        return self.pg_collection.tp_ep
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel size: over how many ranks a layer's experts are spread."""
+        return self.pg_collection.ep.size()
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's share of the experts."""
+        return self.pg_collection.ep.rank()
+
+    @property
+    def etp(self) -> int:
+        """Expert-tensor-parallel size: into how many parts an expert is cut."""
+        return self.pg_collection.expt_tp.size()
+
+    @property
+    def etp_rank(self) -> int:
+        """This rank's part of its experts."""
+        return self.pg_collection.expt_tp.rank()
 
     @property
     def tp_rank(self) -> int:

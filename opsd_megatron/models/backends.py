@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Literal
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -48,14 +49,24 @@ def has_fused_weight_gradient() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def block_spec(backend: Backend, num_layers: int) -> TransformerBlockSubmodules:
-    """The ``num_layers`` layers of one pipeline stage and the final norm."""
+def block_spec(backend: Backend, experts: Sequence[int]) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage and the final norm.
+
+    Args:
+        backend: What they are built from.
+        experts: For each layer of the stage how many experts it has; 0 for a plain MLP.
+    """
     if backend == "torch":
         from opsd_megatron.models.torch_backend import block_spec as torch_block_spec
 
-        return torch_block_spec(num_layers)
+        return torch_block_spec(experts)
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    layers = {
+        count: get_gpt_layer_with_transformer_engine_spec(
+            num_experts=count or None, moe_grouped_gemm=count > 0, qk_layernorm=True
+        )
+        for count in set(experts)
+    }
+    return TransformerBlockSubmodules(layer_specs=[layers[count] for count in experts], layer_norm=TENorm)

@@ -63,33 +63,46 @@ def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> list[Hid
     chunks = [
         HiddenStatesGPT(
             config=settings,
-            transformer_layer_spec=block_spec(backend, len(layers)),
+            transformer_layer_spec=block_spec(backend, [spec.experts_in(layer) for layer in layers]),
             vocab_size=spec.padded_vocab_size(dims.tp),
             max_sequence_length=spec.max_positions,
             pre_process=dims.is_first_stage and number == 0,
             post_process=dims.is_last_stage and number == dims.vpp - 1,
             share_embeddings_and_output_weights=spec.tied,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if spec.yarn is None else "yarn",
             rotary_base=spec.rope_theta,
             pg_collection=dims.pg_collection,
             vp_stage=number if dims.vpp > 1 else None,
         )
         for number, layers in enumerate(own_layers)
     ]
-    _mark_sharded_parameters(chunks, spec, dims)
+    _prepare_parameters(chunks, spec, dims)
     return chunks
 
 
-def _mark_sharded_parameters(chunks: Sequence[HiddenStatesGPT], spec: Qwen3Spec, dims: ParallelDims) -> None:
-    """Say which parameters are tensor-parallel shards.
+def _prepare_parameters(chunks: Sequence[HiddenStatesGPT], spec: Qwen3Spec, dims: ParallelDims) -> None:
+    """Say which parameters are shards and whose, and see that all of them are on the device.
 
-    Megatron-Core's linear layers do so only while they draw initial weights. Unmarked, a shard counts as a replica,
-    and the gradient norm leaves out every rank's but the first.
+    Megatron-Core's linear layers call a parameter a tensor-parallel shard only while they draw initial weights.
+    Unmarked, it counts as a replica, and the gradient norm leaves out every rank's but the first. An expert's parameter
+    is the only one of its kind in its gradient-norm group whether it is cut or not.
+
+    Parameters with ``allreduce=False`` have their gradients summed over the ranks that hold the same experts instead
+    of over data-parallel ones. Megatron-Core says so at ep > 1 only; it holds as well where experts are cut into fewer
+    parts than the rest of the model, and elsewhere the two groups are the same. Saying so always also gives optimizer
+    checkpoints one form.
+
+    The router is built on the CPU (mcore 0.16.1, moe/router.py) and would move in the first forward pass, after its
+    gradient buffer has been made.
     """
     for place, parameter in placed_parameters(chunks, spec, dims):
         dim = partition_dim(place.rule)
         if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        if place.expert is not None:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.to(dims.device)
 
 
 def forward_packed(model: torch.nn.Module, sequences: PackedSequences) -> Tensor:

@@ -1,11 +1,10 @@
-"""What a Qwen3's ``config.json`` says, the rules it sets for a run, and Megatron-Core's configuration from both."""
+"""A dense Qwen3: what its ``config.json`` says, the rules it sets for a run, and Megatron-Core's configuration."""
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +12,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
-from opsd_megatron.errors import ConfigError, ModelError
+from opsd_megatron.errors import ConfigError
 from opsd_megatron.models.backends import Backend, has_fused_weight_gradient
+from opsd_megatron.models.config_file import ConfigFile
+from opsd_megatron.models.rope import Yarn, read_rope
+from opsd_megatron.models.rules import ATTENTION, MLP, NORMS, Rule
 from opsd_megatron.models.stages import stage_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Qwen3Spec:
-    """A dense Qwen3 as its ``config.json`` describes it. ``head_dim`` is not ``hidden_size / num_heads``.
+    """A dense Qwen3 as its ``config.json`` describes it, and what other families of the kind build on.
 
     Attributes:
         num_layers: Transformer layers.
@@ -31,12 +32,13 @@ class Qwen3Spec:
         ffn_size: Rows of each of the gate and up projections.
         num_heads: Query heads.
         num_kv_heads: Key/value heads.
-        head_dim: Size of one head.
+        head_dim: Size of one head; not ``hidden_size / num_heads``.
         vocab_size: V, the true vocabulary.
         rope_theta: Base of the rotary embedding.
         rms_norm_eps: Epsilon of every norm.
         tied: Whether the output head is the embedding.
         max_positions: Longest sequence the model was made for.
+        yarn: How the rotary embedding is stretched, if it is.
     """
 
     num_layers: int
@@ -50,140 +52,109 @@ class Qwen3Spec:
     rms_norm_eps: float
     tied: bool
     max_positions: int
+    yarn: Yarn | None = None
+
+    @classmethod
+    def read(cls, config: ConfigFile) -> Self:
+        """Read and check what ``config.json`` says.
+
+        Raises:
+            ModelError: Names the file and the key at fault.
+        """
+        _check_supported(config)
+        spec = cls(**cls.values(config))
+        if spec.num_heads % spec.num_kv_heads:
+            config.fail(
+                f"num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
+            )
+        if spec.head_dim % 2:
+            config.fail(f"head_dim={spec.head_dim} is odd; the rotary embedding needs an even one")
+        return spec
+
+    @classmethod
+    def values(cls, config: ConfigFile) -> dict[str, Any]:
+        """The fields, read from ``config``."""
+        rope_theta, yarn = read_rope(config)
+        return {
+            "num_layers": config.integer("num_hidden_layers"),
+            "hidden_size": config.integer("hidden_size"),
+            "ffn_size": config.integer("intermediate_size"),
+            "num_heads": config.integer("num_attention_heads"),
+            "num_kv_heads": config.integer("num_key_value_heads"),
+            "head_dim": config.integer("head_dim"),
+            "vocab_size": config.integer("vocab_size"),
+            "rope_theta": rope_theta,
+            "rms_norm_eps": float(config.number("rms_norm_eps")),
+            "tied": config.flag("tie_word_embeddings"),
+            "max_positions": config.integer("max_position_embeddings"),
+            "yarn": yarn,
+        }
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding over all of ``tp`` shards: V, rounded up so that shards are equal."""
         return -(-self.vocab_size // tp) * tp
 
+    def experts_in(self, layer: int) -> int:
+        """Experts of a layer (from 0); 0 where it has a plain MLP."""
+        return 0
 
-def resolve_model_path(path_or_name: str | Path, *, option: str = "model.path") -> Path:
-    """The local directory of a model: the directory itself, or the Hub's snapshot, downloaded where needed.
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layers that have any; 0 for a dense model."""
+        return max(self.experts_in(layer) for layer in range(self.num_layers))
 
-    The download is of the whole model, weights included, also where the caller only checks a configuration: the check
-    compares tensor names and shapes too, and a run that follows finds everything in the Hub's cache.
+    def layer_rules(self, layer: int) -> tuple[Rule, ...]:
+        """The kinds of parameters a layer has, in the order in which transformers writes them."""
+        return (*ATTENTION, *MLP, *NORMS)
 
-    Ranks: may be called by any rank alone. Downloads are shared through the Hub's cache on each host.
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the Hugging Face tensor ``name``."""
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed_tokens": (self.vocab_size, self.hidden_size),
+            "lm_head": (self.vocab_size, self.hidden_size),
+            "q_proj": (query, self.hidden_size),
+            "k_proj": (key, self.hidden_size),
+            "v_proj": (key, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+            "q_norm": (self.head_dim,),
+            "k_norm": (self.head_dim,),
+            "gate_proj": (self.ffn_size, self.hidden_size),
+            "up_proj": (self.ffn_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.ffn_size),
+            "input_layernorm": (self.hidden_size,),
+            "post_attention_layernorm": (self.hidden_size,),
+            "norm": (self.hidden_size,),
+        }
+        return shapes[name.split(".")[-2]]
 
-    Args:
-        path_or_name: Directory or Hub name.
-        option: What the user set it with, for messages.
+    def sharded_sizes(self) -> dict[str, int]:
+        """What tensor parallelism cuts and must divide, by name."""
+        return {"attention heads": self.num_heads, "key/value heads": self.num_kv_heads, "FFN rows": self.ffn_size}
 
-    Raises:
-        ModelError: Neither a directory nor a model that can be had from the Hub.
-    """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_name)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{option}={name} is not a directory; pass a Hugging Face directory or a Hub name (org/model)")
-    import huggingface_hub
+    def expert_sizes(self) -> dict[str, int]:
+        """What expert tensor parallelism cuts and must divide, by name."""
+        return {}
 
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # The Hub client raises many unrelated types: network, HTTP, validation, cache.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{option}={name} is not a local directory and cannot be downloaded from the Hugging Face Hub: {reason}"
-        ) from error
-
-
-def read_spec(path: str | Path) -> Qwen3Spec:
-    """Read and check ``config.json``.
-
-    Args:
-        path: Hugging Face directory.
-
-    Raises:
-        ModelError: Names the file and the key at fault, or the architecture found instead of Qwen3.
-    """
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        raise ModelError(f"model directory {path} does not exist")
-    if not file.is_file():
-        raise ModelError(f"{file} is missing: {path} is not a Hugging Face model directory")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{file} holds a JSON {type(raw).__name__}, not an object")
-    if raw.get("model_type") != "qwen3":
-        raise ModelError(f"{file}: model_type is {raw.get('model_type')!r}; only dense Qwen3 ('qwen3') is supported")
-    _check_supported(raw, file)
-    spec = Qwen3Spec(
-        num_layers=_positive(raw, "num_hidden_layers", file),
-        hidden_size=_positive(raw, "hidden_size", file),
-        ffn_size=_positive(raw, "intermediate_size", file),
-        num_heads=_positive(raw, "num_attention_heads", file),
-        num_kv_heads=_positive(raw, "num_key_value_heads", file),
-        head_dim=_positive(raw, "head_dim", file),
-        vocab_size=_positive(raw, "vocab_size", file),
-        rope_theta=_rope_theta(raw, file),
-        rms_norm_eps=float(_number(raw, "rms_norm_eps", file)),
-        tied=bool(_required(raw, "tie_word_embeddings", file)),
-        max_positions=_positive(raw, "max_position_embeddings", file),
-    )
-    if spec.num_heads % spec.num_kv_heads:
-        raise ModelError(
-            f"{file}: num_attention_heads={spec.num_heads} is not a multiple of num_key_value_heads={spec.num_kv_heads}"
-        )
-    if spec.head_dim % 2:
-        raise ModelError(f"{file}: head_dim={spec.head_dim} is odd; the rotary embedding needs an even one")
-    return spec
+    def mcore_options(self, dims: ParallelDims, backend: Backend) -> dict[str, Any]:
+        """Fields of Megatron-Core's configuration beyond those of every model."""
+        return {}
 
 
-def _required(raw: dict[str, Any], key: str, file: Path) -> Any:
-    if raw.get(key) is None:
-        raise ModelError(f"{file}: {key} is missing")
-    return raw[key]
-
-
-def _number(raw: dict[str, Any], key: str, file: Path) -> int | float:
-    value = _required(raw, key, file)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ModelError(f"{file}: {key}={value!r} is not a positive number")
-    return value
-
-
-def _positive(raw: dict[str, Any], key: str, file: Path) -> int:
-    value = _number(raw, key, file)
-    if not isinstance(value, int):
-        raise ModelError(f"{file}: {key}={value!r} is not an integer")
-    return value
-
-
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """Transformers 5 writes ``rope_parameters``; before, ``rope_theta`` beside an optional ``rope_scaling``."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    if raw.get("rope_theta") is not None:
-        rope.setdefault("rope_theta", raw["rope_theta"])
-    return rope
-
-
-def _rope_theta(raw: dict[str, Any], file: Path) -> float:
-    rope = _rope(raw)
-    if rope.get("rope_theta") is None:
-        raise ModelError(f"{file}: rope_theta is missing, also from rope_parameters")
-    return float(_number(rope, "rope_theta", file))
-
-
-def _check_supported(raw: dict[str, Any], file: Path) -> None:
-    """What Qwen3's configuration class allows and this package does not build."""
-    rope = _rope(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"{file}: rotary scaling {kind!r} is not supported; remove it to use the model unscaled")
-    if raw.get("use_sliding_window"):
-        raise ModelError(f"{file}: use_sliding_window=true is not supported")
-    if other := sorted(set(raw.get("layer_types") or ()) - {"full_attention"}):
-        raise ModelError(f"{file}: layer_types {', '.join(map(str, other))} not supported, only full_attention")
-    if raw.get("attention_bias"):
-        raise ModelError(f"{file}: attention_bias=true is not supported; published Qwen3 models have none")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{file}: hidden_act={raw['hidden_act']!r} is not supported, only 'silu'")
-    if raw.get("quantization_config") is not None:
-        raise ModelError(f"{file}: the weights are quantized; training needs the unquantized model")
+def _check_supported(config: ConfigFile) -> None:
+    """What Qwen3's configuration classes allow and this package does not build."""
+    if config.get("use_sliding_window"):
+        config.fail("use_sliding_window=true is not supported")
+    if other := sorted(set(config.get("layer_types", ())) - {"full_attention"}):
+        config.fail(f"layer_types {', '.join(map(str, other))} not supported, only full_attention")
+    if config.get("attention_bias"):
+        config.fail("attention_bias=true is not supported; published Qwen3 models have none")
+    if config.get("hidden_act", "silu") != "silu":
+        config.fail(f"hidden_act={config.get('hidden_act')!r} is not supported, only 'silu'")
+    if config.get("quantization_config"):
+        config.fail("quantization_config: the weights are quantized; training needs the unquantized model")
+    if config.get("dual_chunk_attention_config"):
+        config.fail("dual_chunk_attention_config is not supported; use the config.json for up to 262,144 tokens")
 
 
 def check_mesh(spec: Qwen3Spec, config: Config) -> None:
@@ -194,12 +165,12 @@ def check_mesh(spec: Qwen3Spec, config: Config) -> None:
     Raises:
         ConfigError: Names the keys, their values and values that would work.
     """
-    dimensions = {"attention heads": spec.num_heads, "key/value heads": spec.num_kv_heads, "FFN rows": spec.ffn_size}
+    dimensions = spec.sharded_sizes()
     tp, pp, vpp = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_stages
     for name, size in dimensions.items():
         if size % tp:
-            works = [n for n in _divisors(spec.num_kv_heads) if all(s % n == 0 for s in dimensions.values())]
-            raise ConfigError(f"parallel.tensor={tp} does not divide the model's {size} {name}; {_one_of(works)} would")
+            works = _one_of(_common_divisors(dimensions))
+            raise ConfigError(f"parallel.tensor={tp} does not divide the model's {size} {name}; {works} would")
     if spec.num_layers < pp * vpp:
         keys = f"parallel.pipeline={pp}" + (f" * parallel.virtual_stages={vpp}" if vpp > 1 else "")
         raise ConfigError(
@@ -211,23 +182,56 @@ def check_mesh(spec: Qwen3Spec, config: Config) -> None:
         raise ConfigError(
             f"model.max_length={length} is above the model's max_position_embeddings; use at most {spec.max_positions}"
         )
+    _check_experts(spec, config)
     if config.needs_engine:
         _check_engine(spec, config)
 
 
+def _check_experts(spec: Qwen3Spec, config: Config) -> None:
+    parallel = config.parallel
+    if not spec.num_experts:
+        for key in ("parallel.expert", "parallel.expert_tensor"):
+            if (config.get(key) or 1) > 1:
+                raise ConfigError(f"{key}={config.get(key)} needs a model with experts, this one has none; use {key}=1")
+        return
+    if spec.num_experts % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} does not divide the model's {spec.num_experts} experts; "
+            f"{_one_of(_divisors(spec.num_experts))} would"
+        )
+    for name, size in spec.expert_sizes().items():
+        if size % config.expert_tensor:
+            works = [n for n in _divisors(size) if n <= parallel.tensor]
+            raise ConfigError(
+                f"parallel.expert_tensor={config.expert_tensor} does not divide the model's {size} {name}; "
+                f"{_one_of(works)} would"
+            )
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"a model with experts and parallel.tensor={parallel.tensor} needs parallel.sequence=true: Megatron-Core "
+            "routes each token from the one rank that holds its part of the sequence"
+        )
+
+
 def _check_engine(spec: Qwen3Spec, config: Config) -> None:
     tensor = config.engine_tensor
+    sizes = spec.sharded_sizes() | spec.expert_sizes()
     # The engine replicates key/value heads where it has more ranks than heads.
-    shared = spec.num_kv_heads % tensor == 0 or tensor % spec.num_kv_heads == 0
-    if spec.num_heads % tensor or spec.ffn_size % tensor or not shared:
+    if spec.num_kv_heads % tensor and tensor % spec.num_kv_heads == 0:
+        del sizes["key/value heads"]
+    if any(size % tensor for size in sizes.values()):
+        found = ", ".join(f"{size} {name}" for name, size in sizes.items())
         raise ConfigError(
-            f"rollout.tensor={tensor} does not fit the model's {spec.num_heads} attention heads, {spec.num_kv_heads} "
-            f"key/value heads and {spec.ffn_size} FFN rows; {config.parallel.tensor}, as parallel.tensor, would"
+            f"rollout.tensor={tensor} does not fit the model's {found}; {_one_of(_common_divisors(sizes))} would"
         )
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _common_divisors(sizes: dict[str, int]) -> list[int]:
+    return _divisors(math.gcd(*sizes.values()))
 
 
 def _one_of(values: list[int]) -> str:
@@ -245,7 +249,7 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
     dtype = _DTYPES[config.model.dtype]
     on_cuda = dims.device.type == "cuda"
     recompute = config.model.recompute
-    return TransformerConfig(
+    made = TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_size,
@@ -276,7 +280,7 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         calculate_per_token_loss=True,
         # Micro-batches are packed to different lengths, so stages exchange shapes first.
         variable_seq_lengths=True,
-        # No experts here, but Megatron-Core's rule for variable lengths looks at this all the same.
+        # Megatron-Core's rule for variable lengths looks at this also where there are no experts.
         moe_token_dispatcher_type="alltoall",
         # Batched point-to-point is NCCL's grouping of sends with receives; gloo has none. The interleaved schedule over
         # two ranks would mix up what goes to the next and the previous rank, which are the same one: it communicates
@@ -288,13 +292,18 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         recompute_num_layers=1 if recompute == "full" else None,
         # Not attention, of which the kernels in use keep little anyway.
         recompute_modules=["mlp", "moe"] if recompute == "selective" else None,
-        apply_rope_fusion=backend == "transformer_engine",
+        # For packed sequences the fused kernel leaves out YaRN's attention factor (mcore 0.16.1, rope_utils.py).
+        apply_rope_fusion=backend == "transformer_engine" and spec.yarn is None,
         gradient_accumulation_fusion=on_cuda and has_fused_weight_gradient(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **spec.mcore_options(dims, backend),
     )
+    for name, value in ({} if spec.yarn is None else spec.yarn.mcore_options()).items():
+        setattr(made, name, value)
+    return made
 
 
 def _layout(spec: Qwen3Spec, dims: ParallelDims) -> list[list[str]]:

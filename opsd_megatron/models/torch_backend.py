@@ -6,6 +6,7 @@ CUDA than a kernel that takes all of them at once; Transformer Engine has one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -84,8 +87,17 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """``num_layers`` layers and the final norm, built from this module and Megatron-Core's parallel linear layers."""
+def block_spec(experts: Sequence[int]) -> TransformerBlockSubmodules:
+    """Layers and the final norm, built from this module and Megatron-Core's parallel linear layers and expert layer.
+
+    Args:
+        experts: For each layer how many experts it has; 0 for a plain MLP.
+    """
+    layers = {with_experts: _layer_spec(with_experts) for with_experts in (False, True)}
+    return TransformerBlockSubmodules(layer_specs=[layers[count > 0] for count in experts], layer_norm=RMSNorm)
+
+
+def _layer_spec(with_experts: bool) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -97,10 +109,17 @@ def block_spec(num_layers: int) -> TransformerBlockSubmodules:
             k_layernorm=RMSNorm,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    layer = ModuleSpec(
+    mlp_parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(module=MLP, submodules=mlp_parts)
+    if with_experts:
+        each = ModuleSpec(module=SequentialMLP, submodules=mlp_parts)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=each))
+    # Checkpoints use Transformer Engine's names, so that either backend loads the other's. Its linear layers hold the
+    # norm before them, its experts and their router do not.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not with_experts:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -109,11 +128,6 @@ def block_spec(num_layers: int) -> TransformerBlockSubmodules:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Checkpoints use Transformer Engine's names, so that either backend loads the other's.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=names,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

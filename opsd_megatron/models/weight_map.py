@@ -5,6 +5,9 @@ Megatron-Core keeps two pairs of matrices together:
 * ``linear_qkv`` interleaves query, key and value rows by key/value head: ``[q..., k, v]`` of head 0, of head 1, ...;
   a tensor-parallel shard holds whole heads.
 * ``linear_fc1`` stacks gate and up, each shard its own part of both: ``[gate_i; up_i]``.
+
+Experts are spread over expert-parallel ranks, each a run of neighbouring ones, and each of them over
+expert-tensor-parallel ranks like an MLP over tensor-parallel ones.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +24,8 @@ from torch import Tensor
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ModelError
 from opsd_megatron.models.qwen3 import Qwen3Spec
+from opsd_megatron.models.rules import EMBEDDING, FINAL_NORM, HEAD, Rule
 from opsd_megatron.models.stages import stage_layers
-
-# How a parameter's shard is made of Hugging Face tensors: `whole` is replicated over tp, `columns` is split along
-# dimension 1, `vocab` along dimension 0 after padding to a multiple of tp, `qkv` and `gate_up` along dimension 0 as in
-# the module docstring.
-Kind = Literal["whole", "columns", "vocab", "qkv", "gate_up"]
 
 
 class TensorReader(Protocol):
@@ -48,95 +48,72 @@ class TensorReader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One kind of parameter.
-
-    Attributes:
-        mcore: Names of the parameter, after ``decoder.layers.N.`` for those of a layer: first the torch backend's, then
-            Transformer Engine's where that differs (its linear layers hold the norm before them).
-        hf: Names of the Hugging Face tensors it is made of, after ``model.layers.N.`` for those of a layer.
-        kind: How it is made.
-    """
-
-    mcore: tuple[str, ...]
-    hf: tuple[str, ...]
-    kind: Kind
-
-
-# In the order in which transformers writes the tensors.
-EMBEDDING = Rule(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), "vocab")
-LAYER_RULES = (
-    Rule(
-        ("self_attention.linear_qkv.weight",),
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        "qkv",
-    ),
-    Rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), "columns"),
-    Rule(("self_attention.q_layernorm.weight",), ("self_attn.q_norm.weight",), "whole"),
-    Rule(("self_attention.k_layernorm.weight",), ("self_attn.k_norm.weight",), "whole"),
-    Rule(("mlp.linear_fc1.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-    Rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), "columns"),
-    Rule(
-        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), ("input_layernorm.weight",), "whole"
-    ),
-    Rule(
-        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-        ("post_attention_layernorm.weight",),
-        "whole",
-    ),
-)
-FINAL_NORM = Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), "whole")
-HEAD = Rule(("output_layer.weight",), ("lm_head.weight",), "vocab")
-
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One parameter of the whole model: its rule and, for a layer's, the layer's number over all stages, from 0."""
+    """One parameter of the whole model.
+
+    Attributes:
+        rule: What kind it is.
+        layer: Of which layer, counted over all stages from 0; ``None`` outside the layers.
+        expert: Of which of the layer's experts, counted over all ranks from 0; ``None`` where it is none's.
+    """
 
     rule: Rule
     layer: int | None = None
+    expert: int | None = None
 
     @property
     def hf_names(self) -> tuple[str, ...]:
         """The Hugging Face tensors it is made of."""
         prefix = "" if self.layer is None else f"model.layers.{self.layer}."
-        return tuple(prefix + name for name in self.rule.hf)
+        return tuple(prefix + name for name in self.rule.hf_names(self.expert))
 
 
 def placements(spec: Qwen3Spec) -> Iterator[Placement]:
     """Every parameter of the model in Hugging Face order; a tied head is not listed, it is the embedding."""
     yield Placement(EMBEDDING)
     for layer in range(spec.num_layers):
-        for rule in LAYER_RULES:
-            yield Placement(rule, layer)
+        for of_expert, rules in groupby(spec.layer_rules(layer), lambda rule: rule.of_expert):
+            together = tuple(rules)
+            for expert in range(spec.experts_in(layer)) if of_expert else (None,):
+                for rule in together:
+                    yield Placement(rule, layer, expert)
     yield Placement(FINAL_NORM)
     if not spec.tied:
         yield Placement(HEAD)
 
 
-def find_placement(name: str, spec: Qwen3Spec, layer_offset: int) -> Placement:
+def find_placement(name: str, spec: Qwen3Spec, layer_offset: int, expert_offset: int = 0) -> Placement:
     """The placement of a Megatron-Core parameter.
 
     Args:
         name: As ``named_parameters()`` of the unwrapped model gives it.
         spec: What the model was built from.
         layer_offset: Layers before the first one of this chunk of the model.
+        expert_offset: Experts of a layer on the expert-parallel ranks before this one.
 
     Raises:
         KeyError: No rule covers the name: the model was built from other modules than this map knows.
     """
     if match := _LAYER.fullmatch(name):
-        for rule in LAYER_RULES:
-            if match[2] in rule.mcore:
-                return Placement(rule, int(match[1]) + layer_offset)
+        layer = int(match[1]) + layer_offset
+        for rule in spec.layer_rules(layer):
+            if found := rule.match(match[2]):
+                return Placement(rule, layer, int(found["expert"]) + expert_offset if rule.of_expert else None)
     for rule in (EMBEDDING, FINAL_NORM, HEAD):
         if name in rule.mcore:
             # With tied embeddings the last of several stages holds a copy of the embedding as its head.
             return Placement(EMBEDDING if rule is HEAD and spec.tied else rule)
     raise KeyError(f"no rule for the parameter {name}")
+
+
+def local_experts(spec: Qwen3Spec, dims: ParallelDims) -> range:
+    """The experts of a layer that this rank holds, of those layers that have any."""
+    count = spec.num_experts // dims.ep
+    return range(count * dims.ep_rank, count * (dims.ep_rank + 1))
 
 
 def placed_parameters(
@@ -149,36 +126,16 @@ def placed_parameters(
         spec: What they were built from.
         dims: The mesh they were built on.
     """
+    first_expert = local_experts(spec, dims).start
     own_layers = stage_layers(spec.num_layers, pp=dims.pp, vpp=dims.vpp)[dims.pp_rank]
     for chunk, layers in zip(chunks, own_layers, strict=True):
         for name, parameter in chunk.named_parameters():
-            yield find_placement(name, spec, layers.start), parameter
+            yield find_placement(name, spec, layers.start, first_expert), parameter
 
 
 def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor the model has, in Hugging Face order."""
-    return {name: _hf_shape(name, spec) for place in placements(spec) for name in place.hf_names}
-
-
-def _hf_shape(name: str, spec: Qwen3Spec) -> tuple[int, ...]:
-    query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens": (spec.vocab_size, spec.hidden_size),
-        "lm_head": (spec.vocab_size, spec.hidden_size),
-        "q_proj": (query, spec.hidden_size),
-        "k_proj": (key, spec.hidden_size),
-        "v_proj": (key, spec.hidden_size),
-        "o_proj": (spec.hidden_size, query),
-        "q_norm": (spec.head_dim,),
-        "k_norm": (spec.head_dim,),
-        "gate_proj": (spec.ffn_size, spec.hidden_size),
-        "up_proj": (spec.ffn_size, spec.hidden_size),
-        "down_proj": (spec.hidden_size, spec.ffn_size),
-        "input_layernorm": (spec.hidden_size,),
-        "post_attention_layernorm": (spec.hidden_size,),
-        "norm": (spec.hidden_size,),
-    }
-    return shapes[name.split(".")[-2]]
+    return {name: spec.tensor_shape(name) for place in placements(spec) for name in place.hf_names}
 
 
 def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
@@ -226,7 +183,10 @@ def _list(names: list[str], most: int = 5) -> str:
 
 
 def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: int, tp_rank: int) -> Tensor:
-    """This tensor-parallel rank's shard of a parameter, in the stored dtype; reads no other rank's rows or columns."""
+    """One tensor-parallel shard of a parameter, in the stored dtype; reads no other shard's rows or columns.
+
+    For an expert's parameter, ``tp`` and ``tp_rank`` are those of the expert-tensor-parallel group.
+    """
 
     def part(size: int) -> slice:
         return slice(size // tp * tp_rank, size // tp * (tp_rank + 1))
@@ -238,7 +198,7 @@ def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: i
     if kind == "columns":
         return reader.get(names[0], columns=part(reader.shape(names[0])[1]))
     if kind == "gate_up":
-        return torch.cat([reader.get(name, part(spec.ffn_size)) for name in names])
+        return torch.cat([reader.get(name, part(reader.shape(name)[0])) for name in names])
     if kind == "vocab":
         rows = part(spec.padded_vocab_size(tp))
         shard = reader.get(names[0], slice(min(rows.start, spec.vocab_size), min(rows.stop, spec.vocab_size)))
@@ -269,7 +229,7 @@ def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list
 
 def shard_shape(place: Placement, spec: Qwen3Spec, tp: int) -> tuple[int, ...]:
     """Shape of one tensor-parallel shard of a parameter."""
-    shapes = [_hf_shape(name, spec) for name in place.hf_names]
+    shapes = [spec.tensor_shape(name) for name in place.hf_names]
     kind = place.rule.kind
     if kind == "whole":
         return shapes[0]
@@ -301,4 +261,5 @@ def load_hf_weights(
     """
     check_tensors(spec, reader)
     for place, parameter in placed_parameters(chunks, spec, dims):
-        parameter.copy_(read_shard(place, spec, reader, tp=dims.tp, tp_rank=dims.tp_rank))
+        tp, rank = (dims.tp, dims.tp_rank) if place.expert is None else (dims.etp, dims.etp_rank)
+        parameter.copy_(read_shard(place, spec, reader, tp=tp, tp_rank=rank))

@@ -31,7 +31,8 @@ from opsd_megatron.errors import ConfigError, ModelError
 from opsd_megatron.evaluation.evaluate import Evaluator, check_answers, sampling_of
 from opsd_megatron.models.backends import choose_backend
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
-from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh, read_spec, resolve_model_path
+from opsd_megatron.models.families import read_spec, resolve_model_path
+from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
 from opsd_megatron.models.stages import describe_stages
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
 from opsd_megatron.objectives import build_objective

@@ -140,7 +140,7 @@ def observe_untied(model: Path, other: Path) -> list[Generation]:
 def megatron_model(path: Path, dims: Any) -> tuple[Any, Any, Any]:
     from opsd_megatron.checkpoint.hf_io import SafetensorsReader
     from opsd_megatron.models.build import build_model
-    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.families import read_spec
     from opsd_megatron.models.weight_map import load_hf_weights
 
     spec = read_spec(path)

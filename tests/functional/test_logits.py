@@ -1,17 +1,19 @@
 """The model on every mesh against transformers: logits, gradients, packing, and weights there and back.
 
-One launch for each mesh does everything, for a tied and an untied model; the tests look at what it found. The gradient
+One launch for each mesh does everything, for every model that goes on it; the tests look at what it found. The gradient
 is that of one number made of all logits of two micro-batches, so it takes every path a training step takes: through
 Megatron-Core's schedule, its data-parallel wrapper and ``finalize_model_grads``. At tp > 1 that is where a forgotten
-sum over ranks shows, above all for the query and key norms, whose gradients are partial even without sequence
-parallelism, and for the tied embedding, which two pipeline stages share.
+sum over ranks shows, above all for the query and key norms and the router, whose gradients are partial, and for the
+tied embedding, which two pipeline stages share; at ep > 1 for the experts, which other ranks hold than other weights.
 
 Vocabulary 270 and tp 4 make two rows of padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,37 +23,72 @@ from torch import Tensor
 from opsd_megatron.config import Config
 from opsd_megatron.types import PackedSequences
 from tests.distributed import run_distributed
-from tests.tiny import make_tiny_qwen3
+from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 VOCAB = 270
 # Lengths of the sequences of two micro-batches; each adds up to a multiple of 4 for sequence parallelism.
 LENGTHS = ((5, 17, 2), (9, 1, 2))
 
+_DENSE = partial(make_tiny_qwen3, vocab_size=VOCAB, heads=8, kv_heads=4, head_dim=16)
+_MOE = partial(make_tiny_qwen3_moe, vocab_size=VOCAB, heads=8, kv_heads=4, head_dim=16)
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "tied": partial(_DENSE, tied=True),
+    "untied": partial(_DENSE, tied=False),
+    "moe": _MOE,
+    # The first of two stages has no experts at all.
+    "mixed": partial(_MOE, normalized=False, dense_layers=(0, 1), experts=4),
+    "yarn": partial(_DENSE, rope=_YARN),
+    "yarn-explicit": partial(
+        _DENSE, rope=_YARN | {"attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
+    ),
+    "yarn-mscale": partial(_DENSE, rope=_YARN | {"mscale": 0.8, "mscale_all_dim": 0.3}),
+}
+
 
 @dataclass(frozen=True)
 class Mesh:
-    tp: int
-    pp: int
+    tp: int = 1
+    pp: int = 1
     vpp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence: bool = False
     recompute: str = "none"
 
     def __str__(self) -> str:
-        interleaved = f"-vpp{self.vpp}" * (self.vpp > 1)
-        recompute = f"-{self.recompute}-recompute" * (self.recompute != "none")
-        return f"tp{self.tp}-pp{self.pp}{interleaved}" + "-sp" * self.sequence + recompute
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "dp": self.dp, "ep": self.ep}
+        name = "-".join(f"{key}{size}" for key, size in sizes.items() if size > 1) or "one"
+        name += "" if self.etp is None else f"-etp{self.etp}"
+        return name + "-sp" * self.sequence + f"-{self.recompute}-recompute" * (self.recompute != "none")
+
+    @property
+    def models(self) -> list[str]:
+        """Those that go on this mesh; one rank has all of them."""
+        if self == Mesh():
+            return list(MODELS)
+        dense = ["tied", "untied"] if self.ep == 1 and self.etp is None else []
+        return dense + (["moe", "mixed"] if self.tp == 1 or self.sequence else [])
 
 
 MESHES = (
-    Mesh(1, 1),
-    Mesh(2, 1),
-    Mesh(1, 2),
-    Mesh(2, 2),
-    Mesh(2, 1, sequence=True, recompute="full"),
-    Mesh(2, 2, sequence=True),
-    Mesh(1, 2, vpp=2, recompute="selective"),
-    Mesh(2, 2, vpp=2, sequence=True),
-    Mesh(4, 1, sequence=True),
+    Mesh(),
+    Mesh(tp=2),
+    Mesh(pp=2),
+    Mesh(tp=2, pp=2),
+    Mesh(tp=2, sequence=True, recompute="full"),
+    Mesh(tp=2, pp=2, sequence=True),
+    Mesh(pp=2, vpp=2, recompute="selective"),
+    Mesh(tp=2, pp=2, vpp=2, sequence=True),
+    Mesh(tp=4, sequence=True),
+    Mesh(dp=2),
+    Mesh(dp=2, ep=2),
+    Mesh(dp=2, ep=2, pp=2, recompute="full"),
+    Mesh(tp=2, sequence=True, etp=1),
+    Mesh(tp=2, sequence=True, ep=2, etp=1),
+    Mesh(tp=2, dp=2, ep=2, sequence=True),
+    Mesh(tp=2, dp=2, ep=4, etp=1, sequence=True),
 )
 
 
@@ -61,7 +98,7 @@ class Outcome:
 
     Attributes:
         logits: Packed ``[T, VOCAB]`` of each micro-batch.
-        alone: The same with every sequence in a micro-batch of its own; ``None`` with stages or a sharded sequence.
+        alone: The same with every sequence in a micro-batch of its own; only on one rank.
         gradients: By Hugging Face name, complete.
         exported: By Hugging Face name.
         replicas_agree: Whether all ranks exported the same.
@@ -74,87 +111,119 @@ class Outcome:
     replicas_agree: bool
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def tied(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    return {
-        tied: make_tiny_qwen3(
-            tmp_path_factory.mktemp("model"), tied=tied, vocab_size=VOCAB, heads=8, kv_heads=4, head_dim=16
-        )
-        for tied in (True, False)
-    }
-
-
-@pytest.fixture(scope="module")
-def reference(models: dict[bool, Path], tied: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Reference:
     """Transformers' logits and gradients, one sequence at a time without padding."""
-    from transformers import Qwen3ForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(models[tied], dtype=torch.float32, attn_implementation="eager")
+    logits: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def references(models: dict[str, Path]) -> dict[str, Reference]:
+    return {name: _reference(path) for name, path in models.items()}
+
+
+def _reference(path: Path) -> Reference:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     logits = []
     for index, lengths in enumerate(LENGTHS):
         ids = token_ids(index)
         logits.append(torch.cat([model(part[None]).logits[0] for part in ids.split(lengths)]))
         (logits[-1] * coefficients(index)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [x.detach() for x in logits], gradients
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients |= _stored_form(name, parameter.grad)
+    return Reference([x.detach() for x in logits], gradients)
 
 
-_outcomes: dict[str, dict[bool, Outcome]] = {}
+def _stored_form(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """As it is in a safetensors file: transformers keeps all experts of a layer in one tensor, in memory only."""
+    prefix, experts, kind = name.partition(".experts.")
+    if not experts:
+        return {name: tensor}
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    return {
+        f"{prefix}.experts.{expert}.{part}.weight": piece
+        for expert, own in enumerate(tensor)
+        for part, piece in zip(parts, own.chunk(len(parts)), strict=True)
+    }
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
-def mesh(request: pytest.FixtureRequest) -> Mesh:
-    mesh: Mesh = request.param
-    return mesh
+_outcomes: dict[Mesh, dict[str, Outcome]] = {}
 
 
-@pytest.fixture
-def outcome(mesh: Mesh, tied: bool, models: dict[bool, Path]) -> Outcome:
-    if str(mesh) not in _outcomes:
+def _outcome(mesh: Mesh, models: dict[str, Path]) -> dict[str, Outcome]:
+    if mesh not in _outcomes:
+        there = {name: models[name] for name in mesh.models}
         # The last rank is on the last stage, which holds the logits.
-        _outcomes[str(mesh)] = run_distributed(measure, mesh.tp * mesh.pp, mesh, models)[-1]
-    return _outcomes[str(mesh)][tied]
+        _outcomes[mesh] = run_distributed(measure, mesh.tp * mesh.pp * mesh.dp, mesh, there)[-1]
+    return _outcomes[mesh]
 
 
+CASES = [pytest.param(mesh, name, id=f"{mesh}-{name}") for mesh in MESHES for name in mesh.models]
+
+
+@pytest.mark.parametrize(("mesh", "name"), CASES)
 def test_logits_equal_those_of_transformers(
-    outcome: Outcome, reference: tuple[list[Tensor], dict[str, Tensor]]
+    mesh: Mesh, name: str, models: dict[str, Path], references: dict[str, Reference]
 ) -> None:
-    for found, expected in zip(outcome.logits, reference[0], strict=True):
+    for found, expected in zip(_outcome(mesh, models)[name].logits, references[name].logits, strict=True):
         assert found.shape == expected.shape
         assert (found - expected).abs().max() < 1e-4
         assert expected.std() > 0.1  # logits worth comparing
 
 
-# Pipelines run whole micro-batches through the schedule; there transformers' logits, made one by one, say the same.
-@pytest.mark.parametrize("mesh", MESHES[:2], indirect=True, ids=str)
-def test_packed_equals_one_by_one(outcome: Outcome) -> None:
+# Elsewhere micro-batches go through the schedule as they are; there transformers' logits, made one by one, say it all.
+@pytest.mark.parametrize("name", Mesh().models)
+def test_packed_equals_one_by_one(name: str, models: dict[str, Path]) -> None:
+    outcome = _outcome(Mesh(), models)[name]
     assert outcome.alone is not None
     for packed, alone in zip(outcome.logits, outcome.alone, strict=True):
         assert (packed - alone).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("mesh", "name"), CASES)
 def test_gradients_equal_those_of_transformers(
-    outcome: Outcome, reference: tuple[list[Tensor], dict[str, Tensor]]
+    mesh: Mesh, name: str, models: dict[str, Path], references: dict[str, Reference]
 ) -> None:
-    expected = reference[1]
-    assert sorted(outcome.gradients) == sorted(expected)
-    for name, gradient in expected.items():
-        error = (outcome.gradients[name] - gradient).norm() / gradient.norm()
-        assert error < 1e-4, f"{name}: relative error {error:.2e}"
+    found, expected = _outcome(mesh, models)[name].gradients, references[name].gradients
+    assert sorted(found) == sorted(expected)
+    for tensor, gradient in expected.items():
+        # An expert that no token went to has a gradient of zero.
+        error = (found[tensor] - gradient).norm()
+        assert error <= 1e-4 * gradient.norm(), f"{tensor}: {error:.2e} of {gradient.norm():.2e}"
 
 
-def test_export_gives_back_what_was_loaded(outcome: Outcome, models: dict[bool, Path], tied: bool) -> None:
+@pytest.mark.parametrize(("mesh", "name"), CASES)
+def test_export_gives_back_what_was_loaded(mesh: Mesh, name: str, models: dict[str, Path]) -> None:
     from safetensors.torch import load_file
 
-    stored = load_file(models[tied] / "model.safetensors")
+    outcome, stored = _outcome(mesh, models)[name], load_file(models[name] / "model.safetensors")
     assert set(outcome.exported) == set(stored)
     assert all(torch.equal(outcome.exported[name], tensor) for name, tensor in stored.items())
     assert outcome.replicas_agree
+
+
+def test_yarn_changes_the_logits(references: dict[str, Reference]) -> None:
+    """Otherwise equal logits would say nothing about it."""
+    names = ("tied", "yarn", "yarn-explicit", "yarn-mscale")
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert (references[name].logits[0] - references[other].logits[0]).abs().max() > 0.01
+
+
+def test_every_expert_is_used(references: dict[str, Reference]) -> None:
+    gradients = {name: g for name, g in references["moe"].gradients.items() if ".experts." in name}
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 def token_ids(micro_batch: int) -> Tensor:
@@ -177,19 +246,22 @@ def packed(ids: Tensor, lengths: tuple[int, ...]) -> PackedSequences:
     )
 
 
-def measure(mesh: Mesh, models: dict[bool, Path]) -> dict[bool, Outcome]:
-    """The worker: both models on one mesh."""
+def measure(mesh: Mesh, models: dict[str, Path]) -> dict[str, Outcome]:
+    """The worker: every model on one mesh."""
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.distributed.seed import seed_everything
 
     config = Config()
     config.model.dtype = "float32"
     config.model.recompute = mesh.recompute
-    config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = mesh.tp, mesh.pp, mesh.sequence
-    config.parallel.virtual_stages = mesh.vpp
+    parallel = config.parallel
+    parallel.tensor, parallel.pipeline, parallel.sequence = mesh.tp, mesh.pp, mesh.sequence
+    parallel.expert, parallel.expert_tensor = mesh.ep, mesh.etp
+    parallel.virtual_stages = mesh.vpp
     dims = ParallelDims.initialize(config.parallel)
     seed_everything(0, dims)
-    return {tied: _measure_one(path, config, dims) for tied, path in models.items()}
+    assert dims.dp == mesh.dp
+    return {name: _measure_one(path, config, dims) for name, path in models.items()}
 
 
 def _measure_one(path: Path, config: Config, dims) -> Outcome:  # type: ignore[no-untyped-def]  # noqa: ANN001
@@ -197,7 +269,7 @@ def _measure_one(path: Path, config: Config, dims) -> Outcome:  # type: ignore[n
     from opsd_megatron.distributed.collectives import gather_objects
     from opsd_megatron.models.build import build_model, forward_packed
     from opsd_megatron.models.export import export_hf_weights
-    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.families import read_spec
     from opsd_megatron.models.weight_map import load_hf_weights
 
     spec = read_spec(path)
@@ -206,7 +278,7 @@ def _measure_one(path: Path, config: Config, dims) -> Outcome:  # type: ignore[n
     exported = {name: tensor.clone() for name, tensor in export_hf_weights(chunks, spec, dims)}
     sums = gather_objects({name: tensor.sum().item() for name, tensor in exported.items()})
     alone = None
-    if dims.pp == 1 and not dims.sequence_parallel:
+    if dims.world_size == 1:
         (model,) = chunks
         with torch.no_grad():
             alone = [
@@ -247,6 +319,7 @@ def _train_pass(chunks, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  
     )
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from opsd_megatron.distributed.collectives import gather_objects
     from opsd_megatron.models.build import forward_packed
     from opsd_megatron.models.export import export_hf_weights
 
@@ -272,13 +345,15 @@ def _train_pass(chunks, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  
         chunk.zero_grad_buffer()
     logits: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(range(len(LENGTHS))) for _ in wrapped],
+        data_iterator=[iter(range(dims.dp_rank, len(LENGTHS), dims.dp)) for _ in wrapped],
         model=wrapped,
-        num_microbatches=len(LENGTHS),
+        num_microbatches=len(LENGTHS) // dims.dp,
         seq_length=max(map(sum, LENGTHS)),
         micro_batch_size=1,
         forward_only=False,
     )
+    everyone = gather_objects(logits, group=dims.dp_group)
+    logits = [everyone[index % dims.dp][index // dims.dp] for index in range(len(LENGTHS) if logits else 0)]
     # The exporter gathers whatever the parameters hold: let them hold their gradients.
     for chunk in chunks:
         for parameter in chunk.parameters():

@@ -60,7 +60,7 @@ def _export(checkpoint: Path) -> dict[str, bytes]:
     from opsd_megatron.distributed.seed import seed_everything
     from opsd_megatron.models.build import build_model
     from opsd_megatron.models.export import export_hf_weights
-    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.families import read_spec
 
     config = Config()
     config.model.dtype = "float32"

@@ -27,7 +27,7 @@ def main() -> int:
     import torch
 
     from opsd_megatron.checkpoint.convert import hf_to_megatron
-    from opsd_megatron.models.qwen3 import resolve_model_path
+    from opsd_megatron.models.families import resolve_model_path
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     try:

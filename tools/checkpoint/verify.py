@@ -28,7 +28,7 @@ def largest_logit_difference(hf: str, checkpoint: str) -> float:
     from transformers.utils import logging
 
     from opsd_megatron.checkpoint.convert import checkpoint_logits
-    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.families import read_spec
 
     logging.disable_progress_bar()
     vocab_size = read_spec(hf).vocab_size
@@ -45,7 +45,7 @@ def largest_logit_difference(hf: str, checkpoint: str) -> float:
 def verify(hf: str, checkpoint: str) -> bool:
     """Compare and print the table; True where the two agree."""
     from opsd_megatron.checkpoint.convert import compare_tensors
-    from opsd_megatron.models.qwen3 import resolve_model_path
+    from opsd_megatron.models.families import resolve_model_path
 
     hf = str(resolve_model_path(hf, option="--hf"))
     count, differences = compare_tensors(hf, checkpoint)

@@ -19,7 +19,8 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.distributed.seed import seed_everything
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.export import export_hf_weights
-from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
+from opsd_megatron.models.families import read_spec
+from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.weight_map import Placement, load_hf_weights, placed_parameters
 from opsd_megatron.trainer.optimizer import Trainable, make_trainable
 

@@ -17,7 +17,7 @@ from opsd_megatron.checkpoint.state import (
     prune_checkpoints,
 )
 from opsd_megatron.errors import CheckpointError, ModelError
-from opsd_megatron.models.qwen3 import read_spec
+from opsd_megatron.models.families import read_spec
 from tests.tiny import make_tiny_qwen3
 
 IDENTITY = {"model": {"path": "m", "dtype": "float32"}, "objective": {"beta": 0.5, "clip": None}}

@@ -61,7 +61,7 @@ def _stage(path: Path) -> None:
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.models.build import build_model
     from opsd_megatron.models.export import export_hf_weights
-    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.families import read_spec
     from opsd_megatron.models.weight_map import load_hf_weights
 
     config = Config()

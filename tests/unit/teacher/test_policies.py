@@ -11,8 +11,9 @@ from opsd_megatron.data.packing import pack
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.distributed.seed import seed_everything
 from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
+from opsd_megatron.models.families import read_spec
 from opsd_megatron.models.hidden import response_hidden
-from opsd_megatron.models.qwen3 import Qwen3Spec, read_spec
+from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.weight_map import load_hf_weights
 from opsd_megatron.teacher.policies import FrozenTeacher, LiveTeacher
 from opsd_megatron.trainer.optimizer import make_trainable
