@@ -247,17 +247,39 @@ class TestKernels:
         value, slope = exact_terms(student, teacher, case)
 
         sums = kernels.row_sums(student, teacher, nothing, spec_of(case))
-        p = student.double().exp()
+        s, t = student.double(), teacher.double()
+        p = s.exp()
         if case.beta in (0, 1) and case.clip_mode != "bregman":
             # Signed terms of the first order in the distance, each rounded, sum to one of the second.
-            first_order = (p * (student.double() - teacher.double()).abs()).sum(1)
+            first_order = (p * (s - t).abs()).sum(1)
             assert ((sums[0] - value.sum(1)).abs() < 4 * EPS * first_order).all()
         else:
             assert worst(sums[0], value.sum(1)) < 1e-6
         kernels.write_gradient_(student, teacher, nothing, 0 * one, one, spec_of(case))
-        # A difference of two probabilities keeps their absolute accuracy, everything else the relative one.
-        allowed = 4 * EPS * p if case.beta == 0 else 4e-6 * slope.abs()
+        # A difference of two probabilities keeps their absolute accuracy, everything else the relative one. CUDA's
+        # exponential rounds its argument, times log2(e), and then has two bits less than the full precision.
+        allowed = EPS * (4 + s.abs()) * p if case.beta == 0 else 4e-6 * slope.abs()
         assert ((student - slope).abs() <= allowed).all()
+
+    @pytest.mark.parametrize(
+        "case", [Case(0.5), Case(0.0, clip_mode="bregman"), Case(1.0, clip_mode="bregman")], ids=str
+    )
+    def test_single_entries_from_near_to_far(self, kernels: ModuleType, case: Case) -> None:
+        # A row for each entry, through every branch of the formulas and close to where they meet.
+        x = torch.tensor([1e-4, 0.01, 0.1, 0.2, 0.28, 0.29, 0.4, 0.499, 0.501, 0.69, 0.7, 1.0, 3.0], device=DEVICE)
+        teacher = torch.cat([x, -x]).unsqueeze(1)
+        student = torch.zeros_like(teacher)
+        nothing = torch.zeros(4, len(teacher), device=DEVICE)
+        sums = kernels.row_sums(student, teacher, nothing, spec_of(case))
+        value, slope = (exact.squeeze(1) for exact in exact_terms(student, teacher, case))
+        t = teacher.double().squeeze(1)
+        # Three roundings, and those of CUDA's exponential, see above.
+        digits = EPS * (5 + t.abs())
+        # Up to 0.5 apart every digit counts; from there on the value is a sum of numbers as large as the probabilities.
+        unit = torch.where(t.abs() < 0.5, value, 1 + t.exp())
+        assert ((sums[0] - value).abs() <= digits * unit).all()
+        unit = 1 + t.exp() if case.beta == 0 else slope.abs()
+        assert ((sums[1] - slope).abs() <= digits * unit).all()
 
     @pytest.mark.parametrize("temperature", [1.0, 0.7])
     @pytest.mark.parametrize("beta", BETAS)
@@ -395,6 +417,15 @@ class TestKernels:
         expected = torch.log_softmax(student.double(), 1).gather(1, targets.unsqueeze(1)).squeeze(1)
         assert expected.isinf().tolist() == [False, True, False, True]
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=TOLERANCE)
+
+    def test_the_lowest_number_is_a_logit_like_any_other(self, kernels: ModuleType) -> None:
+        lowest = torch.finfo(torch.float32).min
+        student, teacher = torch.full((1, 301), lowest, device=DEVICE), torch.zeros(1, 301, device=DEVICE)
+        student[0, :256] = -torch.inf
+        statistics = kernels.row_statistics(student, teacher, temperature=0.7, local_targets=None)
+        assert statistics[:, 0, 0].tolist() == [-math.inf, -math.inf, lowest]
+        assert statistics[:, 1, 0].tolist() == statistics[:, 5, 0].tolist() == [0, 0, 45]
+        assert statistics[:, 4, 0].tolist() == [0, 0, 1]
 
     @pytest.mark.parametrize("beta", BETAS)
     def test_extreme_logits_stay_finite(self, kernels: ModuleType, beta: float) -> None:
