@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.name": ("opsd", "sft"),
     "objective.clip_mode": ("entry", "bregman", "rescale", "token", "none"),
     "objective.reduction": ("token", "sequence"),
+    "objective.top_k_side": ("teacher", "student"),
+    "objective.top_k_tail": ("bucket", "renormalise"),
     "teacher.policy": ("frozen", "live"),
     "data.privileged": ("reference", "none", "shuffled"),
     "rollout.engine": ("vllm", "scripted"),
@@ -93,6 +95,9 @@ class ObjectiveConfig:
         clip_mode: Where the clip acts, see ``losses.divergences``; ``none`` ignores ``clip``.
         reduction: ``token``: mean over all response tokens of the step. ``sequence``: mean over sequences of their
             mean per token, as the paper writes it.
+        top_k: Take the divergence over this many most likely entries of one side only; ``None``: over all of them.
+        top_k_side: Whose most likely entries these are: ``teacher`` or ``student``.
+        top_k_tail: ``bucket`` counts all other entries as one; ``renormalise`` leaves them out.
         chunk_rows: Rows whose logits exist at a time; ``None``: chosen by the loss.
     """
 
@@ -101,6 +106,9 @@ class ObjectiveConfig:
     clip: float | None = 0.05
     clip_mode: str = "entry"
     reduction: str = "token"
+    top_k: int | None = None
+    top_k_side: str = "teacher"
+    top_k_tail: str = "bucket"
     chunk_rows: int | None = None
 
 
@@ -357,6 +365,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.expert": (1, None),
     "parallel.expert_tensor": (1, None),
     "objective.beta": (0, 1),
+    "objective.top_k": (1, None),
     "objective.chunk_rows": (1, None),
     "data.max_prompt_tokens": (1, None),
     "rollout.tensor": (1, None),

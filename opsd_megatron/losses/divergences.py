@@ -62,10 +62,8 @@ class DivergenceSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta} must be between 0 and 1")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature={self.temperature} must be a finite number above 0")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip} must be above 0, or None for no clip")
+        check_temperature(self.temperature)
+        check_clip(self.clip)
         if self.clip_mode not in get_args(ClipMode):
             raise ValueError(f"clip_mode={self.clip_mode!r} is not one of {', '.join(get_args(ClipMode))}")
 
@@ -92,6 +90,7 @@ class Entries:
             the gradient of the loss with respect to the logits, ``h - e^s sum(h)``, as it is; ``c`` is such that ``h``
             is exactly zero wherever ``s == t`` and nothing is clipped, so equal sides get an exactly zero gradient.
         clipped: 1 where an entry is clipped, else 0, in the dtype of the rest; ``None`` where no entry can be.
+        log_ratio: ``t - s``.
     """
 
     student_prob: Tensor
@@ -99,29 +98,63 @@ class Entries:
     value: Tensor
     slope: Tensor
     clipped: Tensor | None
+    log_ratio: Tensor
 
 
-def divergence_entries(student_log_prob: Tensor, teacher_log_prob: Tensor, spec: DivergenceSpec) -> Entries:
-    """The divergence's terms and slopes from log-probabilities of any equal shape, at or above ``LOG_ZERO``."""
+def check_temperature(temperature: float) -> None:
+    """Check that logits can be divided by it.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature} must be a finite number above 0")
+
+
+def check_clip(clip: float | None) -> None:
+    """Check that it is a clip, or ``None`` for no clip.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be above 0, or None for no clip")
+
+
+def divergence_entries(
+    student_log_prob: Tensor,
+    teacher_log_prob: Tensor,
+    spec: DivergenceSpec,
+    probs: tuple[Tensor, Tensor] | None = None,
+) -> Entries:
+    """The divergence's terms and slopes from log-probabilities of any equal shape, at or above ``LOG_ZERO``.
+
+    Args:
+        student_log_prob: ``s``.
+        teacher_log_prob: ``t``.
+        spec: The divergence.
+        probs: ``e^s`` and ``e^t`` where they are at hand already.
+    """
     s, t = student_log_prob, teacher_log_prob
-    p, q = s.exp(), t.exp()
+    p, q = (s.exp(), t.exp()) if probs is None else probs
+    x = t - s
     bregman = spec.clip_mode == "bregman"
     centre: Literal[-1, 0, 1] = 0
     if spec.beta == 0:
-        value = q * (t - s)
+        value = q * x
         if bregman:
             value, slope = value.sub_(q).add_(p), p - q
         else:
             slope, centre = q.neg(), 1
     elif spec.beta == 1:
-        value = p * (s - t)
+        value = (p * x).neg_()
         if bregman:
             slope = value.clone()
             value = value.sub_(p).add_(q)
         else:
             slope, centre = value + p, -1
     else:
-        s_below, t_below = _below_mixture(s, t, spec.beta)
+        s_below, t_below = _below_mixture(x, spec.beta)
         slope = s_below.mul_(p).mul_(spec.beta - 1)
         value = torch.addcmul(slope, q, t_below, value=-spec.beta)
     clipped: Tensor | None = None
@@ -131,17 +164,16 @@ def divergence_entries(student_log_prob: Tensor, teacher_log_prob: Tensor, spec:
         slope = torch.addcmul(slope, slope, clipped, value=-1)
     if centre:
         slope = slope.add_(p, alpha=centre)
-    return Entries(p, q, value, slope, clipped)
+    return Entries(p, q, value, slope, clipped, x)
 
 
-def _below_mixture(s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """``log m - s`` and ``log m - t`` for the mixture ``m = (1-beta) e^s + beta e^t``.
+def _below_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``log m - s`` and ``log m - t`` for the mixture ``m = (1-beta) e^s + beta e^t``, from ``x = t - s``.
 
-    Uses ``log m - s = log1p(beta expm1(x))`` with ``x = t - s`` where ``x <= 0``, and the mirror image elsewhere, so
+    Uses ``log m - s = log1p(beta expm1(x))`` where ``x <= 0``, and the mirror image elsewhere, so
     nothing overflows and both results are exactly zero where ``s == t``. A logaddexp of the two would leave a rounding
     error there, and the divergence of nearly equal sides is made of little else.
     """
-    x = t - s
     above = x.clamp(min=0)
     decay = torch.sub(x, above, alpha=2).expm1_()  # expm1(-|x|)
     if beta == 0.5:

@@ -1,6 +1,6 @@
 """The output head in row chunks: logits of a few rows at a time, and their gradients on the way back.
 
-Every loss that starts from hidden states shares this: at no time do logits of more than ``chunk_rows`` rows exist.
+Every loss that starts from hidden states shares this: at no time do logits of more than a few chunks of rows exist.
 """
 
 from __future__ import annotations
@@ -10,139 +10,165 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opsd_megatron.losses.shard import VocabShard
+from opsd_megatron.losses.shard import Pending, VocabShard
 
 # Logits of one chunk and side, counted in elements (96 MiB in float32). Large enough that the matrix products run at
 # full speed and that the head weight's gradient is not read and written too often.
 _CHUNK_ELEMENTS = 3 << 23
-# On one CPU rank the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen
-# elementwise steps then stay in the cache and never exist for a whole chunk.
+# On CPU the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen elementwise
+# steps then stay in the cache and never exist for a whole chunk.
 _BLOCK_ELEMENTS = 1 << 18
+# Rows of a half-precision head that are widened at a time on CPU: few enough to stay in the cache.
+_WIDENED_ROWS = 2048
 
 
 class Head:
-    """The true rows of a head shard, in a dtype whose matrix products can end in float32.
+    """The true rows of a head shard; products with it end in float32 (float64 for float64).
 
     Half-precision products are accumulated and handed out in float32: rounding the logits to bfloat16 would cost more
-    digits than everything after it. CUDA can do that directly; on CPU the weight is widened once, here.
-
-    Attributes:
-        weight: ``[columns, H]``.
+    digits than everything after it. CUDA can do that directly. On CPU the weight is widened, a few rows at a time, for
+    the logits and the weight's gradient; only the hidden gradient, which ends in half precision, is formed in it.
     """
 
     def __init__(self, weight: Tensor, shard: VocabShard) -> None:
-        self.weight = weight[: shard.columns]
-        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
-            self.weight = self.weight.float()
-
-    @property
-    def _mixed(self) -> bool:
-        return self.weight.dtype in (torch.bfloat16, torch.float16)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """``[r, H] -> [r, columns]`` in float32 (float64 for float64).
-
-        Args:
-            hidden: Hidden states of any dtype.
-            out: Buffer of at least ``r`` rows to write to, from :meth:`buffer`. Fresh memory for every chunk would be
-                paid for page by page.
-        """
-        return self._product(hidden.to(self.weight.dtype), self.weight.t(), out)
+        self._weight = weight[: shard.columns]
+        self._half = weight.dtype in (torch.bfloat16, torch.float16)
+        self._on_cpu = weight.device.type == "cpu"
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        rows = min(_WIDENED_ROWS, shard.columns) if self._half and self._on_cpu else 0
+        self._widened = weight.new_empty((rows, weight.shape[1]), dtype=self._dtype)
 
     def buffer(self, rows: int) -> Tensor:
-        """Memory for the logits of up to ``rows`` rows."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.weight.new_empty((rows, self.weight.shape[0]), dtype=dtype)
+        """Memory for the logits of up to ``rows`` rows, to be used again: fresh memory is paid for page by page."""
+        return self._weight.new_empty((rows, self._weight.shape[0]), dtype=self._dtype)
+
+    def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+        """``[r, H] -> [r, columns]``, in the first ``r`` rows of ``buffer``."""
+        out = buffer[: hidden.shape[0]]
+        if not self._half:
+            return torch.mm(hidden.to(self._dtype), self._weight.t(), out=out)
+        if not self._on_cpu:
+            return torch.mm(hidden.to(self._weight.dtype), self._weight.t(), out_dtype=torch.float32, out=out)
+        hidden = hidden.to(self._dtype)
+        for rows in _slices(0, self._weight.shape[0], _WIDENED_ROWS):
+            block = self._widened[: rows.stop - rows.start].copy_(self._weight[rows])
+            torch.mm(hidden, block.t(), out=out[:, rows])
+        return out
 
     def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
         """This rank's part of the hidden states' gradient, ``[r, columns] -> [r, H]``; the rest is on other ranks."""
-        return self._product(grad_logits.to(self.weight.dtype), self.weight)
+        grad_logits = grad_logits.to(self._weight.dtype)
+        if self._half and not self._on_cpu:
+            return torch.mm(grad_logits, self._weight, out_dtype=torch.float32)
+        return torch.mm(grad_logits, self._weight)
 
     def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
         """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place; the first one is written."""
-        dtype = self.weight.dtype
-        if self._mixed:
-            product = self._product(grad_logits.to(dtype).t(), hidden.to(dtype))
+        if self._half and not self._on_cpu:
+            dtype = self._weight.dtype
+            product = torch.mm(grad_logits.to(dtype).t(), hidden.to(dtype), out_dtype=torch.float32)
             total.copy_(product) if first else total.add_(product)
         elif first:
-            torch.mm(grad_logits.t(), hidden.to(dtype), out=total)
+            torch.mm(grad_logits.t(), hidden.to(self._dtype), out=total)
         else:
-            total.addmm_(grad_logits.t(), hidden.to(dtype))
-
-    def _product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-        if self._mixed:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.mm(left, right, out=None if out is None else out[: left.shape[0]])
+            total.addmm_(grad_logits.t(), hidden.to(self._dtype))
 
 
 class HeadGradients:
-    """Gathers the gradients of hidden states and head weight over the chunks of one backward pass.
+    """Gradients of the hidden states and the head weight, put together chunk by chunk.
 
     Only those asked for are formed. Sums are in float32 (float64 for float64 inputs) whatever the inputs' dtype.
+
+    Args:
+        hidden: The student's hidden states, ``[R, H]``.
+        weight: Its head shard, ``[V/tp, H]``.
+        shard: Which columns of the vocabulary that is.
+        for_hidden: Whether the gradient of ``hidden`` is wanted.
+        for_weight: Whether that of ``weight`` is wanted.
+        reduce_hidden: Sum the hidden gradient over the ranks; else each is left with its part.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, shard: VocabShard, *, for_hidden: bool, for_weight: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        shard: VocabShard,
+        *,
+        for_hidden: bool,
+        for_weight: bool,
+        reduce_hidden: bool,
     ) -> None:
-        self._head = Head(weight, shard)
-        self._hidden_in, self._weight_in, self._shard = hidden, weight, shard
+        self._hidden_in, self._shard, self._reduce_hidden = hidden, shard, reduce_hidden
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self._hidden = torch.zeros_like(hidden, dtype=dtype) if for_hidden else None
         self._weight = torch.empty_like(weight, dtype=dtype) if for_weight else None
+        self._weight_dtype = weight.dtype
+        self._summing: Pending | None = None
         self._empty = True
-
-    @property
-    def head(self) -> Head:
-        """The head these are gradients of."""
-        return self._head
 
     @property
     def wanted(self) -> bool:
         """Whether any gradient is asked for."""
         return self._hidden is not None or self._weight is not None
 
-    def add(self, rows: slice, grad_logits: Tensor) -> None:
+    def add(self, head: Head, rows: slice, grad_logits: Tensor) -> None:
         """Take in the logit gradient of one chunk, ``[r, columns]``."""
         if self._hidden is not None:
-            self._hidden[rows] = self._head.hidden_gradient(grad_logits)
+            self._hidden[rows] = head.hidden_gradient(grad_logits)
         if self._weight is not None:
             true_rows = self._weight[: self._shard.columns]
-            self._head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows], first=self._empty)
+            head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows], first=self._empty)
         self._empty = False
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """The complete gradients of ``hidden`` and ``weight`` in their own dtypes.
+    def complete(self) -> None:
+        """Say that all chunks are in.
 
-        Ranks: all of the shard's group. One all-reduce, of the hidden gradient, if it is asked for and has rows.
+        Ranks: all of the shard's group. Starts one all-reduce, of the hidden gradient, if it is to be summed and has
+        rows; it goes on until the gradient is taken.
         """
-        hidden, weight = self._hidden, self._weight
-        if weight is not None:
-            weight[0 if self._empty else self._shard.columns :].zero_()
-        if hidden is not None and hidden.shape[0]:
-            self._shard.sum_(hidden)
-        return (
-            None if hidden is None else hidden.to(self._hidden_in.dtype),
-            None if weight is None else weight.to(self._weight_in.dtype),
-        )
+        if self._weight is not None:
+            self._weight[0 if self._empty else self._shard.columns :].zero_()
+        if self._hidden is not None and self._hidden.shape[0] and self._reduce_hidden:
+            self._summing = self._shard.start_sum(self._hidden)
+
+    def take_hidden(self, scale: Tensor | None) -> Tensor | None:
+        """The hidden states' gradient times ``scale`` (a scalar; ``None`` for 1), in their dtype."""
+        if self._hidden is None:
+            return None
+        if self._summing is not None:
+            self._summing.wait()
+        return _scaled(self._hidden, scale).to(self._hidden_in.dtype)
+
+    def take_weight(self, weight: Tensor, scale: Tensor | None) -> Tensor | None:
+        """The weight's gradient times ``scale``, in its dtype; or added to ``weight.main_grad``, where that exists.
+
+        ``main_grad`` is where Megatron-Core's data-parallel wrapper accumulates, in float32 as a rule: a gradient added
+        there is not rounded to the weight's dtype first. It then takes what autograd is given for a dummy that is not
+        to be read (``grad_added_to_main_grad``). Where the same weight gets another gradient through autograd (tied
+        embeddings on one stage, marked ``zero_out_wgrad``), autograd is given nothing.
+        """
+        if self._weight is None:
+            return None
+        gradient = _scaled(self._weight, scale)
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            return gradient.to(self._weight_dtype)
+        main_grad.add_(gradient)
+        if getattr(weight, "zero_out_wgrad", False):
+            return None
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(weight)
 
 
-def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None) -> Iterator[slice]:
+def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None) -> list[slice]:
     """Slices that cover ``num_rows`` rows; the same on every rank of the shard's group."""
-    step = max(1, _CHUNK_ELEMENTS // shard.width) if chunk_rows is None else chunk_rows
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+    return list(_slices(0, num_rows, max(1, _CHUNK_ELEMENTS // shard.width) if chunk_rows is None else chunk_rows))
 
 
-def row_blocks(rows: slice, shard: VocabShard) -> Iterator[slice]:
-    """Slices that cover a chunk's ``rows``, each to be evaluated on its own; the same on every rank.
-
-    Across ranks every block would cost its own collectives, so there a chunk is one block.
-    """
-    whole = rows.stop - rows.start
-    on_cpu = not torch.cuda.is_available()
-    step = max(1, _BLOCK_ELEMENTS // shard.width) if on_cpu and shard.group is None else whole
-    for start in range(rows.start, rows.stop, step):
-        yield slice(start, min(start + step, rows.stop))
+def row_blocks(num_rows: int, shard: VocabShard, device: torch.device) -> list[slice]:
+    """Slices that cover a chunk's rows, each to be worked on by itself."""
+    whole = device.type != "cpu"
+    return list(_slices(0, num_rows, num_rows if whole else max(1, _BLOCK_ELEMENTS // shard.width)))
 
 
 def keep_small_blocks_mapped() -> None:
@@ -169,3 +195,28 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, chunk_rows: int | None
         )
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} must be at least 1, or None")
+
+
+def check_same_rows(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    """Check that both sides have the same rows and the same vocabulary shard.
+
+    Raises:
+        ValueError: Names all four shapes.
+    """
+    if student_hidden.shape[0] != teacher_hidden.shape[0] or student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            "student and teacher differ in rows or in vocabulary: hidden "
+            f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}, head weight "
+            f"{tuple(student_weight.shape)} and {tuple(teacher_weight.shape)}"
+        )
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
+def _scaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
+    return gradient if scale is None else gradient.mul_(scale.to(gradient.dtype))

@@ -1,41 +1,51 @@
-"""From a block of logit rows to losses, to logit gradients and to diagnostics, across the vocabulary's shards.
+"""From blocks of logit rows to losses, to logit gradients and to diagnostics, across the vocabulary's shards.
 
-Both public losses are built on :func:`evaluate_rows` and :func:`logit_gradient`. Neither knows where logits come from.
+Collectives of a chunk of rows, all in forward, each of a few numbers a row:
 
-Collectives of a block, all in forward, each a stack of ``[r]`` vectors:
+1. all-gather of the statistics of both sides (:mod:`opsd_megatron.losses.statistics`);
+2. SUM of the divergence, its slope and the diagnostics (all-reduce).
 
-1. MAX of both sides' largest logit (all-reduce);
-2. SUM of both sides' sums of exponentials, and of the targets' logits where targets are given (all-gather, then added
-   in rank order: see :meth:`VocabShard.sum_in_order` for what an all-reduce would break);
-3. SUM of the divergence, its slope and the diagnostics (all-reduce).
-
-Backward needs none: what a row's gradient takes from other ranks is six numbers, kept in :attr:`RowResults.state`.
+The gradient takes none: what a row's gradient needs from other ranks is in those. An evaluation is a generator that
+yields when a collective is under way, so that the caller may fill the wait (:func:`overlapped`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from opsd_megatron.losses.divergences import LOG_ZERO, DivergenceSpec, Entries, divergence_entries
+from opsd_megatron.losses.divergences import DivergenceSpec
 from opsd_megatron.losses.shard import VocabShard
+from opsd_megatron.losses.statistics import AGREE, merge, normaliser, target_log_probs
 
-STATE_ROWS = 6
+T = TypeVar("T")
+# Something computed in three steps: it yields twice, each time with a collective under way.
+Steps = Generator[None, None, T]
+
+# Row sums: unclipped divergence, slope, clipped divergence, clipped entries, teacher probability on them, entropy of
+# the student and of the teacher, forward KL(teacher || student), reverse KL.
+SUMS = 9
 
 
 @dataclass(frozen=True)
 class Diagnostics:
     """What a row says beside its loss; every tensor is detached, float32 and ``[R]``, equal on all ranks of the shard.
 
+    All are at the loss's temperature but the last two.
+
     Attributes:
-        divergence: The divergence at this beta and temperature before any clip, in nats.
-        clip_fraction: Share of the vocabulary's entries that are clipped. The modes that clip whole rows (``rescale``,
-            ``token``) count a clipped row as 1.
+        divergence: The divergence before any clip, in nats; with a top-k support, on that support.
+        clip_fraction: Share of the vocabulary's (or the support's) entries that are clipped. The modes that clip whole
+            rows (``rescale``, ``token``) count a clipped row as 1.
         clipped_teacher_mass: Teacher probability on the clipped entries; 1 for a row clipped as a whole.
-        student_entropy: Entropy of the student at the loss's temperature, in nats.
+        student_entropy: Entropy of the student, in nats; like the next four over the full vocabulary in any case.
         teacher_entropy: The same for the teacher.
+        forward_kl: KL(teacher || student), in nats.
+        reverse_kl: KL(student || teacher), in nats.
         top1_agreement: 1 where student and teacher have a most likely entry in common, else 0.
         student_log_prob: Student's log-probability of the row's target at temperature 1, whatever the loss's
             temperature, so that it compares with the engine's; ``None`` where no targets are given.
@@ -47,184 +57,181 @@ class Diagnostics:
     clipped_teacher_mass: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
+    forward_kl: Tensor
+    reverse_kl: Tensor
     top1_agreement: Tensor
     student_log_prob: Tensor | None
     teacher_log_prob: Tensor | None
 
     # Rows of the [k, R] block in which an autograd function hands them out; the log-probabilities come last.
-    WITHOUT_TARGETS = 6
-    WITH_TARGETS = 8
+    WITHOUT_TARGETS = 8
+    WITH_TARGETS = 10
 
     @classmethod
     def from_block(cls, block: Tensor) -> Diagnostics:
-        """Name the rows of ``block``, ``[6, R]`` or ``[8, R]``."""
+        """Name the rows of ``block``, ``[8, R]`` or ``[10, R]``."""
         rows = block.detach().float().unbind()
-        log_probs = rows[6:8] if len(rows) == cls.WITH_TARGETS else (None, None)
-        return cls(*rows[:6], *log_probs)
+        log_probs = rows[8:10] if len(rows) == cls.WITH_TARGETS else (None, None)
+        return cls(*rows[:8], *log_probs)
 
 
 @dataclass(frozen=True)
 class RowResults:
-    """What :func:`evaluate_rows` finds out about ``r`` rows.
+    """What an evaluation finds out about ``r`` rows.
 
     Attributes:
-        loss: Clipped loss, ``[r]``.
-        state: What :func:`logit_gradient` needs, ``[6, r]``: student's maximum and log of the sum, the same of the
-            teacher, the summed slope, and the factor of a clip on rows.
-        diagnostics: ``[6, r]``, or ``[8, r]`` with targets, in the order of :class:`Diagnostics`.
-        student_bad: Rows whose student logits are not numbers, ``[r]`` bool; their other results mean nothing.
-        teacher_bad: The same for the teacher.
+        loss: Clipped and weighted loss, ``[r]``.
+        diagnostics: ``[k, r]``; of the divergence ``[8, r]``, or ``[10, r]`` with targets, in the order of
+            :class:`Diagnostics`.
+        bad: Rows whose logits are not numbers, student's and teacher's, ``[2, r]`` bool; their other results mean
+            nothing.
     """
 
     loss: Tensor
-    state: Tensor
     diagnostics: Tensor
-    student_bad: Tensor
-    teacher_bad: Tensor
+    bad: Tensor
 
     @classmethod
-    def concatenate(cls, chunks: list[RowResults], *, like: Tensor, with_targets: bool) -> RowResults:
-        """The results of all chunks as one; of no rows, on the device of ``like``, where there are none."""
-        if not chunks:
-            empty = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-            kinds = Diagnostics.WITH_TARGETS if with_targets else Diagnostics.WITHOUT_TARGETS
-            return cls(empty, empty.expand(STATE_ROWS, 0), empty.expand(kinds, 0), empty.bool(), empty.bool())
+    def of_no_rows(cls, like: Tensor, diagnostic_rows: int) -> RowResults:
+        """The results of no rows at all, on the device of ``like``."""
+        empty = like.new_empty((diagnostic_rows, 0), dtype=torch.promote_types(like.dtype, torch.float32))
+        return cls(empty.new_empty(0), empty, empty.new_empty((2, 0), dtype=torch.bool))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RowResults]) -> RowResults:
+        """The results of all parts as one."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
-            loss=torch.cat([chunk.loss for chunk in chunks]),
-            state=torch.cat([chunk.state for chunk in chunks], dim=1),
-            diagnostics=torch.cat([chunk.diagnostics for chunk in chunks], dim=1),
-            student_bad=torch.cat([chunk.student_bad for chunk in chunks]),
-            teacher_bad=torch.cat([chunk.teacher_bad for chunk in chunks]),
+            loss=torch.cat([part.loss for part in parts]),
+            diagnostics=torch.cat([part.diagnostics for part in parts], dim=1),
+            bad=torch.cat([part.bad for part in parts], dim=1),
         )
 
 
-@dataclass(frozen=True)
-class _Normalised:
-    student: Tensor
-    teacher: Tensor
-    state: Tensor
-    top1: Tensor
-    target_log_probs: Tensor
+class RowBlock(Protocol):
+    """Logits of a block of rows, student's and teacher's, and the elementwise passes over them, in this order."""
+
+    def statistics(self) -> Tensor:
+        """``[10, r]``, see :mod:`opsd_megatron.losses.statistics`."""
+        ...
+
+    def sums(self, normaliser: Tensor) -> Tensor:
+        """This rank's share of the :data:`SUMS`, ``[9, r]``, given :func:`statistics.normaliser`, ``[4, r]``."""
+        ...
+
+    def write_gradient(self, slope_sum: Tensor, factor: Tensor) -> None:
+        """Leave ``factor * (slope - e^s * slope_sum)`` in the student's logits; both arguments are ``[r]``."""
+        ...
 
 
-def evaluate_rows(
-    student: Tensor,
-    teacher: Tensor,
+def divergence_rows(
+    blocks: Sequence[RowBlock],
     spec: DivergenceSpec,
     shard: VocabShard,
-    target_ids: Tensor | None = None,
+    row_weights: Tensor | None,
     *,
-    row_weights: Tensor | None = None,
-    with_gradient: bool = False,
-) -> RowResults:
-    """Losses of a block of rows. Both logit blocks are overwritten.
+    with_targets: bool,
+    with_gradient: bool,
+) -> Steps[RowResults]:
+    """Evaluate blocks of rows together: two collectives for all of them.
 
     Args:
-        student: Logits of this rank's true columns, ``[r, columns]`` float32 (or float64), not divided by temperature.
-        teacher: The same for the teacher.
+        blocks: The rows.
         spec: The divergence.
-        shard: Which columns these are.
-        target_ids: Vocabulary index whose log-probability the diagnostics report, ``[r]`` int64, or ``None``.
+        shard: Which columns the blocks hold.
         row_weights: Factor of each row's loss, ``[r]``; ``None`` for 1. The diagnostics are unweighted.
-        with_gradient: Leave the gradient of the summed losses with respect to the logits in ``student``.
+        with_targets: Whether the blocks have targets.
+        with_gradient: Leave the gradient of the summed losses with respect to the logits in the student's.
 
-    Ranks: all of ``shard.group``, with equal ``r``; results are equal on every one. Three collectives.
+    Ranks: all of ``shard.group``, with equal rows; results are equal on every one.
     """
-    sides = _normalise(student, teacher, spec, shard, target_ids)
-    s, t = sides.student, sides.teacher
-    entries = divergence_entries(s, t, spec)
-    sums = [entries.value.sum(1), entries.slope.sum(1)]
-    sums += [-entries.student_prob.mul(s).sum(1), -entries.teacher_prob.mul(t).sum(1), sides.top1]
-    if entries.clipped is not None:
-        sums += _clip_sums(entries, spec)
-    divergence, slope_sum, *rest = shard.sum_(torch.stack(sums)).unbind()
-    student_entropy, teacher_entropy, top1 = rest[:3]
-
-    factor = torch.ones_like(divergence)
-    fraction = mass = torch.zeros_like(divergence)
-    loss = divergence
-    if entries.clipped is not None:
-        loss, fraction, mass = rest[3], rest[4] / shard.vocab_size, rest[5]
-    elif spec.row_clip is not None:
-        above = (divergence >= spec.row_clip).to(divergence.dtype)
-        fraction = mass = above
-        loss = divergence.clamp(max=spec.row_clip)
-        factor = spec.row_clip / divergence.clamp(min=spec.row_clip) if spec.clip_mode == "rescale" else 1 - above
-    if row_weights is not None:
-        row_weights = row_weights.to(loss.dtype)
-        loss, factor = loss * row_weights, factor * row_weights
-    if with_gradient:
-        slope = entries.slope.sub_(entries.student_prob.mul_(slope_sum.unsqueeze(1)))
-        torch.mul(slope, (factor / spec.temperature).unsqueeze(1), out=student)
-    diagnostics = torch.stack([divergence, fraction, mass, student_entropy, teacher_entropy, top1.clamp(max=1)])
-    return RowResults(
-        loss=loss,
-        state=torch.cat([sides.state, torch.stack([slope_sum, factor])]),
-        diagnostics=torch.cat([diagnostics, sides.target_log_probs]),
-        student_bad=~sides.state[0].isfinite(),
-        teacher_bad=~sides.state[2].isfinite(),
+    sizes, local = [], []
+    for block in blocks:
+        local.append(block.statistics())
+        sizes.append(local[-1].shape[1])
+    gathering = shard.start_gather(_side_by_side(local))
+    yield
+    statistics = merge(gathering.wait().unbind(), spec.temperature)
+    norms = torch.split(normaliser(statistics), sizes, dim=1)
+    summing = shard.start_sum(_side_by_side([block.sums(norm) for block, norm in zip(blocks, norms, strict=True)]))
+    yield
+    divergence, slope_sum, clipped_loss, *clip_sums, entropy, teacher_entropy, forward, reverse = (
+        summing.wait().unbind()
     )
+    clip = clip_rows(divergence, clipped_loss, clip_sums, spec, entries=shard.vocab_size)
+    loss, factor = weighted(clip.loss, row_weights), weighted(clip.factor, row_weights) / spec.temperature
+    if with_gradient:
+        for block, slopes, factors in zip(
+            blocks, torch.split(slope_sum, sizes), torch.split(factor, sizes), strict=True
+        ):
+            block.write_gradient(slopes, factors)
+    diagnostics = [divergence, clip.fraction, clip.teacher_mass, entropy, teacher_entropy, forward, reverse]
+    diagnostics += [statistics[AGREE], *(target_log_probs(statistics) if with_targets else ())]
+    return RowResults(loss, torch.stack(diagnostics), ~statistics[0:4:2].isfinite())
 
 
-def logit_gradient(student: Tensor, teacher: Tensor, spec: DivergenceSpec, state: Tensor, row_grad: Tensor) -> Tensor:
-    """Gradient of ``sum(row_grad * loss)`` with respect to the student's logits, ``[r, columns]``.
+@dataclass(frozen=True)
+class Clip:
+    """What the clip does to rows, each ``[r]``: their loss, its factor, and how much of them is clipped."""
 
-    Both logit blocks are overwritten. Needs no collective.
+    loss: Tensor
+    factor: Tensor
+    fraction: Tensor
+    teacher_mass: Tensor
+
+
+def clip_rows(
+    divergence: Tensor, clipped_loss: Tensor, clip_sums: Sequence[Tensor], spec: DivergenceSpec, *, entries: int
+) -> Clip:
+    """Apply the clip of ``spec`` to rows.
 
     Args:
-        student: The logits that :func:`evaluate_rows` had, before it overwrote them.
-        teacher: The same for the teacher.
+        divergence: Unclipped, ``[r]``.
+        clipped_loss: With every entry clipped, ``[r]``.
+        clip_sums: Number of clipped entries, and the teacher's probability on them.
         spec: The divergence.
-        state: :attr:`RowResults.state` of these rows.
-        row_grad: Upstream gradient of every row's loss, ``[r]``.
+        entries: Entries that a row has.
     """
-    student_max, student_log_sum, teacher_max, teacher_log_sum, slope_sum, factor = state.unsqueeze(2).unbind()
-    s = _centre(student, student_max, spec.temperature).sub_(student_log_sum).clamp_(min=LOG_ZERO)
-    t = _centre(teacher, teacher_max, spec.temperature).sub_(teacher_log_sum).clamp_(min=LOG_ZERO)
-    entries = divergence_entries(s, t, spec)
-    scale = factor * row_grad.to(factor.dtype).unsqueeze(1) / spec.temperature
-    return entries.slope.sub_(entries.student_prob.mul_(slope_sum)).mul_(scale)
+    if spec.row_clip is None:
+        return Clip(clipped_loss, torch.ones_like(divergence), clip_sums[0] / entries, clip_sums[1])
+    above = (divergence >= spec.row_clip).to(divergence.dtype)
+    factor = spec.row_clip / divergence.clamp(min=spec.row_clip) if spec.clip_mode == "rescale" else 1 - above
+    return Clip(divergence.clamp(max=spec.row_clip), factor, above, above)
 
 
-def _normalise(
-    student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard, target_ids: Tensor | None
-) -> _Normalised:
-    """Turn both logit blocks into log-probabilities over the whole vocabulary, in place; two collectives."""
-    local_max = torch.stack([shard.row_max(student), shard.row_max(teacher)])
-    maxima = shard.max_(local_max).unsqueeze(2)
-    centred = [_centre(student, maxima[0], spec.temperature), _centre(teacher, maxima[1], spec.temperature)]
-    # Both sides are at most 0 now, and their sum is 0 only where both are: at an entry most likely for both.
-    top1 = shard.row_max(centred[0] + centred[1]).eq_(0)
-    sums = [side.exp().sum(1) for side in centred]
-    if target_ids is not None:
-        # The diagnostics are at temperature 1: they need that temperature's normaliser too, unless it is the same one.
-        sums += sums if spec.temperature == 1 else [(side * spec.temperature).exp_().sum(1) for side in centred]
-        sums += [shard.pick(side, target_ids) * spec.temperature for side in centred]
-    total = shard.sum_in_order(torch.stack(sums))
-    log_sums = total[:2].log()
-    # Two subtractions: folded into one number, a large maximum would swallow the digits of the sum's logarithm.
-    log_probs = [
-        side.sub_(log_sum.unsqueeze(1)).clamp_(min=LOG_ZERO) for side, log_sum in zip(centred, log_sums, strict=True)
-    ]
-    state = torch.stack([maxima[0, :, 0], log_sums[0], maxima[1, :, 0], log_sums[1]])
-    return _Normalised(
-        student=log_probs[0],
-        teacher=log_probs[1],
-        state=state,
-        top1=top1,
-        target_log_probs=total[4:6] - total[2:4].log(),
-    )
+def weighted(values: Tensor, row_weights: Tensor | None) -> Tensor:
+    """``values`` times the rows' weights, both ``[r]``."""
+    return values if row_weights is None else values * row_weights.to(values.dtype)
 
 
-def _centre(logits: Tensor, maximum: Tensor, temperature: float) -> Tensor:
-    """``(logits - maximum) / temperature``, in place."""
-    logits.sub_(maximum)
-    return logits if temperature == 1 else logits.div_(temperature)
+def overlapped(tasks: Iterable[Steps[T]]) -> list[T]:
+    """Run tasks so that while one's collective is under way another computes; the results in order.
+
+    Two are in flight: a task's last part fills the next one's first wait, and its first part the previous one's second.
+    """
+    results: list[T] = []
+    previous: Steps[T] | None = None
+    for task in tasks:
+        next(task)
+        if previous is not None:
+            results.append(finished(previous))
+        next(task)
+        previous = task
+    if previous is not None:
+        results.append(finished(previous))
+    return results
 
 
-def _clip_sums(entries: Entries, spec: DivergenceSpec) -> list[Tensor]:
-    """This rank's part of the clipped loss, the number of clipped entries and the teacher's probability on them."""
-    clipped = entries.clipped
-    assert clipped is not None
-    loss = entries.value.clamp_(max=spec.entry_clip).sum(1)
-    return [loss, clipped.sum(1), clipped.mul_(entries.teacher_prob).sum(1)]
+def finished(task: Steps[T]) -> T:
+    """Run a task to its end, waiting for its collectives one by one."""
+    while True:
+        try:
+            next(task)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def _side_by_side(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)

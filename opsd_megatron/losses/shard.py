@@ -9,6 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Pending:
+    """A collective under way, or none where there is one rank."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None, source: Tensor | None = None) -> None:
+        self._result, self._work, self._source = result, work, source
+
+    def wait(self) -> Tensor:
+        """The result. On CUDA the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._source = None
+        return self._result
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """Which vocabulary columns this rank holds.
@@ -42,75 +56,52 @@ class VocabShard:
         columns = min(max(true - rank * width, 0), width)
         return cls(group if size > 1 else None, width, columns, rank * width, true)
 
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Reduce to the maximum over the ranks, in place; one collective, none on a single rank.
+    def start_gather(self, tensor: Tensor) -> Pending:
+        """Collect every rank's ``tensor``, stacked in rank order; one collective, none on a single rank.
 
-        Ranks: all of ``group``; the result is valid on every one.
+        What is then added up is added in rank order. An all-reduce adds in an order that depends on an element's place
+        in the tensor, so that equal numbers in two places may get sums that differ in the last bit. Student and teacher
+        with equal logits must not: their divergence would come out as rounding noise instead of zero.
+
+        Ranks: all of ``group``; the result is valid on every one and bitwise equal.
         """
-        if self.group is not None:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        return tensor
+        if self.group is None:
+            return Pending(tensor.unsqueeze(0), None)
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty((dist.get_world_size(self.group), *tensor.shape))
+        work = dist.all_gather(list(gathered.unbind()), tensor, group=self.group, async_op=True)
+        return Pending(gathered, work, tensor)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Reduce to the sum over the ranks, in place; one collective, none on a single rank.
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """Sum over the ranks, in place; one collective, none on a single rank.
 
         For use inside an ``autograd.Function`` only: autograd does not see this sum, and outside of one would drop the
         gradient that flows through the other ranks.
 
         Ranks: all of ``group``; the result is valid on every one.
         """
-        if self.group is not None:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
-        return tensor
-
-    def sum_in_order(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, added in rank order; one collective, none on a single rank.
-
-        An all-reduce adds in an order that depends on an element's place in the tensor, so that equal numbers in two
-        places may get sums that differ in the last bit. Student and teacher with equal logits must not: their
-        divergence would come out as rounding noise instead of zero.
-
-        Ranks: all of ``group``; the result is valid on every one and bitwise equal.
-        """
         if self.group is None:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, tensor, group=self.group)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+            return Pending(tensor, None)
+        return Pending(tensor, dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group, async_op=True))
 
-    def row_max(self, values: Tensor) -> Tensor:
-        """This rank's largest column of every row, ``[R, columns] -> [R]``; NaN becomes +inf, no column gives -inf.
-
-        Reductions to a maximum may lose a NaN on the way (gloo's and NCCL's do); +inf stays visible on every rank.
-        """
-        if values.shape[1] == 0:
-            return values.new_full((values.shape[0],), -torch.inf)
-        return values.amax(dim=1).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-    def pick(self, values: Tensor, ids: Tensor) -> Tensor:
-        """``values[r, ids[r]]`` where this rank holds column ``ids[r]``, else 0: ``[R, columns], [R] -> [R]``.
-
-        Summed over the ranks it is the value wherever it is held.
-        """
-        if values.shape[1] == 0:
-            return values.new_zeros(values.shape[0])
-        local, held = self._locate(ids)
-        return values.gather(1, local.unsqueeze(1)).squeeze(1).masked_fill(~held, 0)
-
-    def add_at_(self, values: Tensor, ids: Tensor, amount: float) -> None:
-        """Add ``amount`` to ``values[r, ids[r]]`` where this rank holds column ``ids[r]``, in place."""
-        if values.shape[1]:
-            local, held = self._locate(ids)
-            values.scatter_add_(1, local.unsqueeze(1), held.unsqueeze(1).to(values.dtype) * amount)
-
-    def _locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Local column of each id (a valid one in any case), and whether this rank holds it."""
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Local column of each id (a valid one in any case if there is one), and whether this rank holds it."""
         local = ids - self.offset
         held = (local >= 0) & (local < self.columns)
-        return local.clamp(0, self.columns - 1), held
+        return local.clamp(0, max(self.columns - 1, 0)), held
+
+    def pick(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``values[r, ids[r, k]]`` where this rank holds that column, else 0, and 1 where it does, else 0.
+
+        Args:
+            values: ``[r, columns]``.
+            ids: Vocabulary indices, ``[r, k]``.
+        """
+        local, held = self.locate(ids)
+        mask = held.to(values.dtype)
+        if values.shape[1] == 0:
+            return torch.zeros_like(mask), mask
+        return values.gather(1, local).masked_fill_(~held, 0), mask
 
 
 def check_rows(bad: dict[str, Tensor]) -> None:
@@ -144,3 +135,13 @@ def check_targets(target_ids: Tensor, num_rows: int, shard: VocabShard) -> None:
     if outside.any():
         row = int(outside.int().argmax())
         raise ValueError(f"target {int(target_ids[row])} of row {row} is outside the vocabulary of {shard.vocab_size}")
+
+
+def check_row_weights(row_weights: Tensor | None, num_rows: int) -> None:
+    """Check that there is one weight a row, if there are any.
+
+    Raises:
+        ValueError: There is not.
+    """
+    if row_weights is not None and row_weights.shape != (num_rows,):
+        raise ValueError(f"row_weights must be [{num_rows}], not {tuple(row_weights.shape)}")

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd_megatron.losses.divergences import ClipMode, DivergenceSpec
-from opsd_megatron.losses.rows import evaluate_rows, logit_gradient
+from opsd_megatron.losses.row_losses import DivergenceLoss
+from opsd_megatron.losses.rows import finished
 from opsd_megatron.losses.shard import VocabShard, check_rows
+from opsd_megatron.losses.topk import TopK
 
 
 def vocab_parallel_divergence(
@@ -24,6 +26,7 @@ def vocab_parallel_divergence(
     clip_mode: ClipMode = "entry",
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    support: TopK | None = None,
 ) -> Tensor:
     """Divergence of the student's next-token distribution from the teacher's, per row, over the full vocabulary.
 
@@ -38,6 +41,7 @@ def vocab_parallel_divergence(
         clip_mode: Where the clip acts, see :mod:`opsd_megatron.losses.divergences`.
         tp_group: Ranks that hold the vocabulary's shards, in order; ``None`` where this rank holds all of it.
         vocab_size: Vocabulary entries without padding; later columns are ignored and get a zero gradient.
+        support: Take the divergence over the k most likely entries only; ``None``: over the whole vocabulary.
 
     Returns:
         Loss of each row in nats, ``[R]`` float32 (float64 for float64 logits), equal on all ranks.
@@ -46,7 +50,7 @@ def vocab_parallel_divergence(
         ValueError: An argument is out of range or shapes do not fit.
         FloatingPointError: NaN or +inf among the logits; names the side. Raised on every rank.
 
-    Ranks: all of ``tp_group``, with equal ``R``. Three collectives of a few numbers a row forward (none if ``R == 0``),
+    Ranks: all of ``tp_group``, with equal ``R``. Two collectives of a few numbers a row forward (none if ``R == 0``),
     none backward.
     """
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
@@ -55,42 +59,33 @@ def vocab_parallel_divergence(
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     spec = DivergenceSpec(beta, temperature, clip, clip_mode)
-    shard = VocabShard.of(student_logits.shape[1], vocab_size, tp_group)
-    loss: Tensor = _Divergence.apply(student_logits, teacher_logits, spec, shard)  # type: ignore[no-untyped-call]
+    task = DivergenceLoss(spec, support, VocabShard.of(student_logits.shape[1], vocab_size, tp_group))
+    loss: Tensor = _Divergence.apply(student_logits, teacher_logits, task)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _Divergence(torch.autograd.Function):
-    """Keeps the logits it was given and six numbers a row; the gradient is formed in backward."""
+    """Forms the gradient in forward, for an upstream gradient of 1, and keeps nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, task: DivergenceLoss) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
+        ctx.width, ctx.dtype = task.shard.width, student.dtype
         if student.shape[0] == 0:
-            state, loss = student.new_empty((6, 0), dtype=dtype), student.new_empty(0, dtype=dtype)
-        else:
-            rows = evaluate_rows(_own(student, shard, dtype), _own(teacher, shard, dtype), spec, shard)
-            check_rows({"student": rows.student_bad, "teacher": rows.teacher_bad})
-            state, loss = rows.state, rows.loss
-        ctx.save_for_backward(student, teacher, state)
-        ctx.spec, ctx.shard = spec, shard
-        return loss
+            ctx.save_for_backward(student.to(dtype))
+            return student.new_empty(0, dtype=dtype)
+        # Copies of the true columns that may be overwritten; the student's by the gradient.
+        own, teacher = (side[:, : task.shard.columns].to(dtype, copy=True) for side in (student, teacher))
+        with_gradient = ctx.needs_input_grad[0]
+        result = finished(task.evaluate(own, teacher, slice(None), None, with_gradient=with_gradient))
+        check_rows(dict(zip(("student", "teacher"), result.bad, strict=True)))
+        if with_gradient:
+            ctx.save_for_backward(own)
+        return result.loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        student, teacher, state = ctx.saved_tensors
-        shard: VocabShard = ctx.shard
-        grad = logit_gradient(
-            _own(student, shard, state.dtype), _own(teacher, shard, state.dtype), ctx.spec, state, grad_loss
-        )
-        if shard.columns == shard.width:
-            return grad.to(student.dtype), None, None, None
-        padded = torch.zeros_like(student, memory_format=torch.contiguous_format)
-        padded[:, : shard.columns] = grad
-        return padded, None, None, None
-
-
-def _own(logits: Tensor, shard: VocabShard, dtype: torch.dtype) -> Tensor:
-    """A copy of the true columns that may be overwritten."""
-    return logits[:, : shard.columns].to(dtype, copy=True)
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = (gradient * grad_loss.unsqueeze(1)).to(ctx.dtype)
+        return torch.nn.functional.pad(scaled, (0, ctx.width - scaled.shape[1])), None, None

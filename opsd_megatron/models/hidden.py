@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -11,6 +12,10 @@ from opsd_megatron.distributed.parallel import ParallelDims
 def response_hidden(output: Tensor, rows: Tensor, dims: ParallelDims) -> Tensor:
     """Select the hidden states at the response rows.
 
+    Under sequence parallelism only the selected rows travel: gathered forward, reduce-scattered backward. Backward
+    therefore wants each rank's own part of their gradient, not the sum (``reduce_hidden_grad=False`` of the losses):
+    summed there already, it would count tp times, and two collectives would do the work of one.
+
     Ranks: every rank of a tensor-parallel group on the last pipeline stage.
 
     Args:
@@ -19,9 +24,19 @@ def response_hidden(output: Tensor, rows: Tensor, dims: ParallelDims) -> Tensor:
         dims: The mesh.
 
     Returns:
-        ``[R, H]``, replicated over tp. The loss hands back a complete gradient on every tp rank, so the gather's
-        backward only takes this rank's part of the sequence: summing there would count it tp times.
+        ``[R, H]``, replicated over tp.
     """
-    if dims.sequence_parallel:
-        output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=dims.tp_group)
-    return output[:, 0].index_select(0, rows)
+    output = output[:, 0]
+    if not dims.sequence_parallel or len(rows) == 0:
+        return output.index_select(0, rows)
+    owner = rows // output.shape[0]
+    counts = torch.bincount(owner, minlength=dims.tp)
+    # Each rank sends its rows in their order, filled up to the longest such list: never more than all positions.
+    place = torch.empty_like(rows)
+    order = owner.argsort(stable=True)
+    place[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[owner[order]]
+    longest = int(counts.max())
+    own = rows[owner == dims.tp_rank] % output.shape[0]
+    sent = torch.nn.functional.pad(output.index_select(0, own), (0, 0, 0, longest - len(own)))
+    gathered = gather_from_sequence_parallel_region(sent, tensor_parallel_output_grad=True, group=dims.tp_group)
+    return gathered.index_select(0, owner * longest + place)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
 
@@ -24,6 +25,22 @@ class LossOutput:
     loss_sum: Tensor
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How the output head is spread over ranks: what every loss from hidden states has to know.
+
+    Attributes:
+        vocab_size: Vocabulary without padding columns.
+        tp_group: Tensor-parallel group of the head shards.
+        sequence_parallel: Whether each rank wants its own part of the hidden states' gradient, since the backward of
+            ``models.hidden.response_hidden`` sums; else the losses sum it.
+    """
+
+    vocab_size: int
+    tp_group: ProcessGroup | None = None
+    sequence_parallel: bool = False
 
 
 class Objective(Protocol):
@@ -50,7 +67,7 @@ class Objective(Protocol):
 
         Args:
             hidden: Student hidden states at ``batch.student.rows``, ``[R, H]``, replicated over tp. Their gradient
-                comes back complete, summed over tp.
+                comes back complete, summed over tp, or under sequence parallelism as each rank's part.
             head_weight: This rank's shard of the student's head, ``[V/tp, H]``.
             batch: The micro-batch.
             targets: The teacher's side; ``None`` where ``needs_teacher`` is false.

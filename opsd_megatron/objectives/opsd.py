@@ -8,12 +8,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from opsd_megatron.config import ObjectiveConfig
 from opsd_megatron.data.prompts import PromptBuilder
-from opsd_megatron.losses import ClipMode, linear_divergence_with_diagnostics
-from opsd_megatron.objectives.base import LossOutput, with_row_weights
+from opsd_megatron.losses import ClipMode, Side, Tail, TopK, linear_divergence_with_diagnostics
+from opsd_megatron.objectives.base import HeadLayout, LossOutput, with_row_weights
 from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
 
 
@@ -22,20 +21,18 @@ class Opsd:
     """Full-vocabulary, clipped, generalized Jensen-Shannon divergence on the student's rollouts.
 
     Attributes:
-        config: beta, clip and reduction.
+        config: beta, clip, support and reduction.
         prompts: Renders the teacher's prompt.
         references: What the teacher sees beyond the problem, by problem id; ``None`` shows it nothing.
         temperature: The temperature the engine sampled with; both roles' logits are divided by it.
-        vocab_size: Vocabulary without padding columns.
-        tp_group: Tensor-parallel group of the head shards.
+        head: How the output head is spread over ranks.
     """
 
     config: ObjectiveConfig
     prompts: PromptBuilder
     references: Mapping[str, str | None]
     temperature: float
-    vocab_size: int
-    tp_group: ProcessGroup | None
+    head: HeadLayout
 
     needs_rollouts = True
     needs_teacher = True
@@ -67,10 +64,12 @@ class Opsd:
             temperature=self.temperature,
             clip=self.config.clip,
             clip_mode=cast(ClipMode, self.config.clip_mode),
-            tp_group=self.tp_group,
-            vocab_size=self.vocab_size,
+            tp_group=self.head.tp_group,
+            vocab_size=self.head.vocab_size,
             chunk_rows=self.config.chunk_rows,
             row_weights=batch.row_weights,
+            support=self._support(),
+            reduce_hidden_grad=not self.head.sequence_parallel,
             target_ids=batch.response_ids,
         )
         student_log_prob, teacher_log_prob = diagnostics.student_log_prob, diagnostics.teacher_log_prob
@@ -83,6 +82,8 @@ class Opsd:
             "clipped_teacher_mass": diagnostics.clipped_teacher_mass.sum(),
             "student_entropy": diagnostics.student_entropy.sum(),
             "teacher_entropy": diagnostics.teacher_entropy.sum(),
+            "forward_kl": diagnostics.forward_kl.sum(),
+            "reverse_kl": diagnostics.reverse_kl.sum(),
             "top1_agreement": diagnostics.top1_agreement.sum(),
             "student_log_prob": student_log_prob.sum(),
             "teacher_log_prob": teacher_log_prob.sum(),
@@ -92,3 +93,9 @@ class Opsd:
         # -inf for an empty micro-batch: it must not win against another micro-batch's maximum.
         largest = gap.abs().max() if gap.numel() else torch.full_like(loss_sum.detach(), -torch.inf)
         return LossOutput(loss_sum, sums, {"log_prob_gap_max": largest})
+
+    def _support(self) -> TopK | None:
+        """The entries that the divergence is taken over."""
+        if self.config.top_k is None:
+            return None
+        return TopK(self.config.top_k, cast(Side, self.config.top_k_side), cast(Tail, self.config.top_k_tail))

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from opsd_megatron.config import ObjectiveConfig
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.losses import linear_cross_entropy
-from opsd_megatron.objectives.base import LossOutput, with_row_weights
+from opsd_megatron.objectives.base import HeadLayout, LossOutput, with_row_weights
 from opsd_megatron.types import AlignedSample, PackedMicroBatch, Problem, Rollout, TeacherTargets
 
 
@@ -22,14 +21,12 @@ class Sft:
     Attributes:
         config: Reduction and chunking.
         prompts: Renders prompts and targets.
-        vocab_size: Vocabulary without padding columns.
-        tp_group: Tensor-parallel group of the head shards.
+        head: How the output head is spread over ranks.
     """
 
     config: ObjectiveConfig
     prompts: PromptBuilder
-    vocab_size: int
-    tp_group: ProcessGroup | None
+    head: HeadLayout
 
     needs_rollouts = False
     needs_teacher = False
@@ -50,9 +47,11 @@ class Sft:
             hidden,
             head_weight,
             batch.response_ids,
-            tp_group=self.tp_group,
-            vocab_size=self.vocab_size,
+            tp_group=self.head.tp_group,
+            vocab_size=self.head.vocab_size,
             chunk_rows=self.config.chunk_rows,
+            row_weights=batch.row_weights,
+            reduce_hidden_grad=not self.head.sequence_parallel,
         )
-        loss_sum = (row_loss * batch.row_weights).sum()
+        loss_sum = row_loss.sum()
         return LossOutput(loss_sum, {"loss": loss_sum.detach()})

@@ -35,7 +35,7 @@ from opsd_megatron.models.families import read_spec, resolve_model_path
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
 from opsd_megatron.models.stages import describe_stages
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
-from opsd_megatron.objectives import build_objective
+from opsd_megatron.objectives import HeadLayout, build_objective
 from opsd_megatron.rollout.engine import RolloutEngine
 from opsd_megatron.rollout.scripted import ScriptedEngine
 from opsd_megatron.rollout.vllm_engine import VllmEngine, stop_token_ids
@@ -198,7 +198,8 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
     engine = _start_engine(config, inputs, dims)
     model = _initial_model(config, inputs, dims)
     trainable = make_trainable(model, config)
-    objective = build_objective(config, inputs.prompts, inputs.references, inputs.spec.vocab_size, dims.tp_group)
+    head = HeadLayout(inputs.spec.vocab_size, dims.tp_group, dims.sequence_parallel)
+    objective = build_objective(config, inputs.prompts, inputs.references, head)
     sampler = ProblemSampler(
         len(inputs.problems), config.train.problems_per_step, seed=config.train.seed, shuffle=config.data.shuffle
     )

@@ -301,7 +301,9 @@ def _logits(output: Tensor, model, dims) -> Tensor:  # type: ignore[no-untyped-d
     from opsd_megatron.models.hidden import response_hidden
 
     hidden = response_hidden(output, torch.arange(output.shape[0] * (dims.tp if dims.sequence_parallel else 1)), dims)
-    return copy_to_tensor_model_parallel_region(hidden, group=dims.tp_group) @ model.output_head().t()
+    if not dims.sequence_parallel:  # there the rows' own gather sums
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=dims.tp_group)
+    return hidden @ model.output_head().t()
 
 
 def _full_logits(local: Tensor, dims) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_megatron.losses import ClipMode
+from opsd_megatron.losses import ClipMode, TopK
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 CLIPS = (0.05, 1e-3, 1e-6)
@@ -55,7 +55,32 @@ def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, case: Case)
     """Loss of each row, ``[R, V] x2 -> [R]`` float64, differentiable by autograd."""
     s = torch.log_softmax(student_logits.double() / case.temperature, dim=1)
     t = torch.log_softmax(teacher_logits.double() / case.temperature, dim=1)
-    d = entries(s, t, case)
+    return clipped_sum(entries(s, t, case), case)
+
+
+def dense_topk(student_logits: Tensor, teacher_logits: Tensor, case: Case, support: TopK) -> Tensor:
+    """The same over the k most likely entries of one side."""
+    return clipped_sum(entries(*on_support(student_logits, teacher_logits, case, support), case), case)
+
+
+def on_support(student_logits: Tensor, teacher_logits: Tensor, case: Case, support: TopK) -> tuple[Tensor, Tensor]:
+    """Both sides' log-probabilities of the entries that a top-k divergence is taken over."""
+    logits = [student_logits.double() / case.temperature, teacher_logits.double() / case.temperature]
+    ids = logits[support.side == "teacher"].topk(support.k, dim=1).indices
+    outside = torch.ones_like(logits[0], dtype=torch.bool).scatter(1, ids, False)
+    sides = []
+    for side in logits:
+        chosen = side.log_softmax(1).gather(1, ids)
+        if support.tail == "renormalise":
+            sides.append(side.gather(1, ids).log_softmax(1))
+        else:
+            rest = side.log_softmax(1).masked_fill(~outside, -math.inf).logsumexp(1, keepdim=True)
+            sides.append(torch.cat([chosen, rest], 1))
+    return sides[0], sides[1]
+
+
+def clipped_sum(d: Tensor, case: Case) -> Tensor:
+    """Loss of each row from its terms."""
     if case.clip is None or case.clip_mode == "none":
         return d.sum(1)
     if case.clip_mode in ("entry", "bregman"):

@@ -9,7 +9,7 @@ import torch
 from opsd_megatron.config import Config, ObjectiveConfig
 from opsd_megatron.data.packing import pack
 from opsd_megatron.data.prompts import PromptBuilder
-from opsd_megatron.objectives import build_objective
+from opsd_megatron.objectives import HeadLayout, build_objective
 from opsd_megatron.objectives.opsd import Opsd
 from opsd_megatron.objectives.sft import Sft
 from opsd_megatron.types import AlignedSample, Generation, Problem, Rollout, TeacherTargets
@@ -36,7 +36,7 @@ def rollout(*tokens: int) -> Rollout:
 
 
 def opsd(reference: str | None = "s", **settings: Any) -> Opsd:
-    return Opsd(ObjectiveConfig(**settings), PROMPTS, {PROBLEM.id: reference}, 1.0, V, None)
+    return Opsd(ObjectiveConfig(**settings), PROMPTS, {PROBLEM.id: reference}, 1.0, HeadLayout(V))
 
 
 def test_opsd_puts_the_response_under_both_prompts() -> None:
@@ -55,7 +55,7 @@ def test_sequence_reduction_is_the_mean_over_sequences_of_their_means() -> None:
 
 
 def test_sft_takes_the_problems_own_target() -> None:
-    sft = Sft(ObjectiveConfig(name="sft"), PROMPTS, V, None)
+    sft = Sft(ObjectiveConfig(name="sft"), PROMPTS, HeadLayout(V))
     assert sft.samples([PROBLEM], []) == [AlignedSample((5, 6), None, (7, 8))]
 
 
@@ -96,7 +96,7 @@ def test_an_empty_micro_batch_runs_backward_and_wins_no_maximum() -> None:
 def test_the_configuration_chooses_the_objective() -> None:
     config = Config()
     config.rollout.temperature = 0.7
-    built = build_objective(config, PROMPTS, {}, V, None)
+    built = build_objective(config, PROMPTS, {}, HeadLayout(V))
     assert isinstance(built, Opsd) and built.temperature == 0.7
     config.objective.name = "sft"
-    assert isinstance(build_objective(config, PROMPTS, {}, V, None), Sft)
+    assert isinstance(build_objective(config, PROMPTS, {}, HeadLayout(V)), Sft)

@@ -1,0 +1,165 @@
+"""The divergence on the k most likely entries of one side, exact across vocabulary shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses.divergences import LOG_ZERO, DivergenceSpec, divergence_entries
+from opsd_megatron.losses.rows import RowResults, Steps, clip_rows, weighted
+from opsd_megatron.losses.shard import VocabShard
+from opsd_megatron.losses.statistics import AGREE, ROWS, merge, normaliser, target_log_probs
+from opsd_megatron.losses.torch_rows import TorchRows
+
+Side = Literal["teacher", "student"]
+Tail = Literal["bucket", "renormalise"]
+
+# Entry numbers travel as float32 numbers beside log-probabilities; up to here each is one.
+_LARGEST_VOCAB = 1 << 24
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Which entries of the vocabulary a divergence is taken over.
+
+    Attributes:
+        k: How many; the whole vocabulary where it has no more. Which of several equally likely entries at the last
+            place belong to them is left open.
+        side: Whose k most likely entries. The choice is a constant: no gradient flows through it.
+        tail: ``bucket``: the other entries count as one entry with all of their probability (SDPO, arXiv 2601.20802).
+            ``renormalise``: they are left out, and both sides are normalised over the k.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    k: int
+    side: Side = "teacher"
+    tail: Tail = "bucket"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k} must be at least 1")
+        if self.side not in get_args(Side):
+            raise ValueError(f"side={self.side!r} is not one of {', '.join(get_args(Side))}")
+        if self.tail not in get_args(Tail):
+            raise ValueError(f"tail={self.tail!r} is not one of {', '.join(get_args(Tail))}")
+
+
+def topk_rows(
+    student: Tensor,
+    teacher: Tensor,
+    spec: DivergenceSpec,
+    support: TopK,
+    shard: VocabShard,
+    target_ids: Tensor | None,
+    row_weights: Tensor | None,
+    *,
+    with_gradient: bool,
+) -> Steps[RowResults]:
+    """Evaluate a block of rows; arguments and results as in :func:`~opsd_megatron.losses.rows.divergence_rows`.
+
+    Two collectives: an all-gather of the statistics and of every rank's own k candidates, and a sum of the
+    log-probabilities at the support, to each of which one rank contributes, of the tail's mass and of the diagnostics.
+    The divergence itself is then a matter of ``[r, k]`` numbers, the same on every rank.
+
+    Ranks: all of ``shard.group``, with equal rows; results are equal on every one.
+    """
+    if shard.vocab_size > _LARGEST_VOCAB:
+        raise ValueError(f"a top-k support needs a vocabulary of at most {_LARGEST_VOCAB}, not {shard.vocab_size}")
+    k = min(support.k, shard.vocab_size)
+    candidates = _candidates(teacher if support.side == "teacher" else student, k, shard)
+    rows = TorchRows(student, teacher, spec, shard, target_ids, keep=False)
+    gathering = shard.start_gather(torch.cat([rows.statistics(), *candidates]))
+    yield
+    gathered = gathering.wait()
+    statistics = merge(gathered[:, :ROWS].unbind(), spec.temperature)
+    ids = _best(gathered[:, ROWS : ROWS + k], gathered[:, ROWS + k :])
+    sums = rows.sums(normaliser(statistics))  # leaves log-probabilities
+    picked = [shard.pick(side, ids)[0].t() for side in (student, teacher)]
+    # Summed up rather than taken from 1, which would leave a small tail no digits.
+    tails = [_probs_outside(side, ids, shard).sum(1) for side in (student, teacher)]
+    summing = shard.start_sum(torch.cat([*picked, torch.stack(tails), sums[5:]]))
+    yield
+    summed = summing.wait()
+    tail_mass, diagnostics = summed[2 * k : 2 * k + 2], summed[2 * k + 2 :]
+    s, t = _on_support(summed[:k].t(), tail_mass[0], support), _on_support(summed[k : 2 * k].t(), tail_mass[1], support)
+    entries = divergence_entries(s, t, spec)
+    divergence, slope_sum = entries.value.sum(1), entries.slope.sum(1)
+    clipped = torch.zeros_like(s) if entries.clipped is None else entries.clipped
+    clipped_loss = divergence if spec.entry_clip is None else entries.value.clamp(max=spec.entry_clip).sum(1)
+    clip_sums = [clipped.sum(1), (clipped * entries.teacher_prob).sum(1)]
+    clip = clip_rows(divergence, clipped_loss, clip_sums, spec, entries=s.shape[1])
+    if with_gradient:
+        factor = (weighted(clip.factor, row_weights) / spec.temperature).unsqueeze(1)
+        slope = (entries.slope - entries.student_prob * slope_sum.unsqueeze(1)) * factor
+        _spread(student, slope, ids, tail_mass[0], support, shard)
+    return RowResults(
+        weighted(clip.loss, row_weights),
+        torch.cat(
+            [
+                torch.stack([divergence, clip.fraction, clip.teacher_mass]),
+                diagnostics,
+                statistics[AGREE].unsqueeze(0),
+                *([target_log_probs(statistics)] if target_ids is not None else []),
+            ]
+        ),
+        ~statistics[0:4:2].isfinite(),
+    )
+
+
+def _candidates(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """This rank's k largest logits and their entries, ``[k, r]`` each; -inf and entry 0 where it has fewer columns."""
+    own = min(k, shard.columns)
+    values, columns = logits.topk(own, dim=1)
+    # A true entry without probability still comes before one that is not there.
+    values = values.clamp(min=torch.finfo(values.dtype).min)
+    missing = (0, k - own)
+    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
+    ids = torch.nn.functional.pad((columns + shard.offset).to(values.dtype), missing)
+    return values.t(), ids.t()
+
+
+def _best(values: Tensor, ids: Tensor) -> Tensor:
+    """Entries of the k largest of all ranks' candidates, ``[ranks, k, r] x2 -> [r, k]`` int64."""
+    k = values.shape[1]
+    order = values.flatten(0, 1).topk(k, dim=0).indices
+    return ids.flatten(0, 1).gather(0, order).t().long()
+
+
+def _probs_outside(log_probs: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+    """Probabilities of this rank's columns, exactly 0 at the support, ``[r, columns]``."""
+    probs = log_probs.exp()
+    if shard.columns:
+        local, held = shard.locate(ids)
+        probs.scatter_add_(1, local, probs.gather(1, local).neg_().mul_(held))
+    return probs
+
+
+def _on_support(log_probs: Tensor, tail_mass: Tensor, support: TopK) -> Tensor:
+    """Log-probabilities of the entries that the divergence is taken over, ``[r, k + 1]`` or ``[r, k]``."""
+    if support.tail == "bucket":
+        log_probs = torch.cat([log_probs, tail_mass.log().unsqueeze(1)], dim=1)
+    else:
+        log_probs = log_probs.log_softmax(1)
+    return log_probs.clamp_(min=LOG_ZERO)
+
+
+def _spread(
+    log_probs: Tensor, gradient: Tensor, ids: Tensor, tail_mass: Tensor, support: TopK, shard: VocabShard
+) -> None:
+    """Overwrite the student's ``log_probs`` with the logit gradient, given that of the support's entries.
+
+    An entry of the tail takes the share of the tail's gradient that it has of the tail's probability.
+    """
+    if support.tail == "bucket":
+        share = torch.where(tail_mass > 0, gradient[:, -1] / tail_mass, 0)
+        torch.mul(_probs_outside(log_probs, ids, shard), share.unsqueeze(1), out=log_probs)
+    else:
+        log_probs.zero_()
+    if shard.columns:
+        local, held = shard.locate(ids)
+        log_probs.scatter_add_(1, local, gradient[:, : ids.shape[1]] * held)

@@ -1,0 +1,127 @@
+"""A block of logit rows worked on with torch: the elementwise part of the divergence, on CPU and in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses.divergences import LOG_ZERO, DivergenceSpec, Entries, divergence_entries
+from opsd_megatron.losses.shard import VocabShard
+
+
+class TorchRows:
+    """See :class:`~opsd_megatron.losses.rows.RowBlock`.
+
+    The logits are overwritten on the way: by centred logits, by log-probabilities, by the gradient.
+
+    Args:
+        student: ``[r, columns]`` float32 or float64.
+        teacher: The same for the teacher.
+        spec: The divergence.
+        shard: Which columns these are.
+        target_ids: Targets of the diagnostics, ``[r]``, or ``None``.
+        keep: Keep what one pass computes and the next needs again, a few tensors of the block's size. For blocks that
+            stay in the cache; otherwise computing it again costs less than memory.
+    """
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: DivergenceSpec,
+        shard: VocabShard,
+        target_ids: Tensor | None,
+        *,
+        keep: bool,
+    ) -> None:
+        self._sides, self._spec, self._shard = (student, teacher), spec, shard
+        self._targets, self._keep = target_ids, keep
+        self._centres: list[Tensor] = []
+        self._exps: list[Tensor] = []
+        self._entries: Entries | None = None
+
+    def statistics(self) -> Tensor:
+        """This piece's :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``; leaves centred logits."""
+        temperature = self._spec.temperature
+        maxima, sums, sums_at_1, targets = [], [], [], []
+        held = torch.zeros_like(self._sides[0][:, :1].sum(1))
+        for side in self._sides:
+            maximum = row_max(side)
+            # -inf less -inf would be NaN: a row without a finite logit here is centred on the lowest number instead.
+            self._centres.append(maximum.clamp(min=torch.finfo(side.dtype).min))
+            side.sub_(self._centres[-1].unsqueeze(1))
+            maxima.append(maximum)
+            if self._targets is not None:
+                picked, held = self._shard.pick(side, self._targets.unsqueeze(1))
+                targets.append(picked.squeeze(1))
+                held = held.squeeze(1)
+            if temperature != 1:
+                sums_at_1.append(side.exp().sum(1))
+                side.div_(temperature)
+            exps = side.exp()
+            sums.append(exps.sum(1))
+            if self._keep:
+                self._exps.append(exps)
+        student, teacher = self._sides
+        # Both are at most 0 now, and their sum is 0 only where both are: at an entry most likely for both.
+        agree = row_max(student + teacher).eq_(0)
+        return torch.stack(
+            [
+                *(number for pair in zip(maxima, sums, strict=True) for number in pair),
+                agree,
+                *(sums_at_1 or sums),
+                *(targets or [held, held]),
+                held,
+            ]
+        )
+
+    def sums(self, normaliser: Tensor) -> Tensor:
+        """This piece's share of the row sums, ``[9, r]``; leaves log-probabilities."""
+        probs: list[Tensor] = []
+        for number, side in enumerate(self._sides):
+            maximum, log_sum = normaliser[2 * number], normaliser[2 * number + 1]
+            # The difference of the maxima is small wherever the row has probability here: nothing is swallowed.
+            shift = ((self._centres[number] - maximum) / self._spec.temperature - log_sum).unsqueeze(1)
+            side.add_(shift).clamp_(min=LOG_ZERO)
+            probs.append(self._exps[number].mul_(shift.exp()) if self._keep else side.exp())
+        (s, t), (p, q) = self._sides, probs
+        entries = divergence_entries(s, t, self._spec, probs=(p, q))
+        sums = [
+            entries.value.sum(1),
+            entries.slope.sum(1),
+            *_clip_sums(entries, self._spec),
+            -torch.linalg.vecdot(p, s),
+            -torch.linalg.vecdot(q, t),
+            torch.linalg.vecdot(q, entries.log_ratio),
+            -torch.linalg.vecdot(p, entries.log_ratio),
+        ]
+        if self._keep:
+            self._entries = entries
+        return torch.stack(sums)
+
+    def write_gradient(self, slope_sum: Tensor, factor: Tensor) -> None:
+        """Leave ``factor * (slope - e^s * slope_sum)`` in the student's logits; both arguments are ``[r]``."""
+        student, teacher = self._sides
+        entries = self._entries or divergence_entries(student, teacher, self._spec)
+        slope = entries.slope.sub_(entries.student_prob.mul_(slope_sum.unsqueeze(1)))
+        torch.mul(slope, factor.unsqueeze(1), out=student)
+
+
+def row_max(values: Tensor) -> Tensor:
+    """Largest column of every row, ``[r, columns] -> [r]``; NaN becomes +inf, no column gives -inf.
+
+    Reductions to a maximum may lose a NaN on the way (gloo's and NCCL's do); +inf stays visible on every rank.
+    """
+    if values.shape[1] == 0:
+        return values.new_full((values.shape[0],), -torch.inf)
+    return values.amax(dim=1).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _clip_sums(entries: Entries, spec: DivergenceSpec) -> list[Tensor]:
+    """The clipped loss, the number of clipped entries and the teacher's probability on them."""
+    clipped = entries.clipped
+    if clipped is None:
+        nothing = entries.value.new_zeros(entries.value.shape[0])
+        return [entries.value.sum(1), nothing, nothing]
+    loss = entries.value.clamp_(max=spec.entry_clip).sum(1)
+    return [loss, clipped.sum(1), torch.linalg.vecdot(clipped, entries.teacher_prob)]
