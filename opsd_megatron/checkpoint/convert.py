@@ -1,32 +1,46 @@
-"""Conversion between Hugging Face directories and Megatron checkpoints, in one process on the CPU."""
+"""Conversion between Hugging Face directories and Megatron checkpoints, in one process on the CPU.
+
+No model is built: the weight map says which rows of which tensors make up a parameter, so that one part of one
+parameter is in memory at a time. The two formats are in ``hf_io`` and ``hf_writer``, and in ``tensor_store``.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opsd_megatron.checkpoint import torch_dist
 from opsd_megatron.checkpoint.atomic import refuse_existing
-from opsd_megatron.checkpoint.hf_io import SafetensorsReader, write_hf_directory
-from opsd_megatron.checkpoint.state import TrainerState, hf_folder, load_model_weights, save_checkpoint
+from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+from opsd_megatron.checkpoint.hf_writer import (
+    DEFAULT_SHARD_BYTES,
+    TensorPieces,
+    cast_checked,
+    is_finite,
+    write_hf_directory,
+)
+from opsd_megatron.checkpoint.layout import Slot, find_slots, slots
+from opsd_megatron.checkpoint.state import hf_folder, load_model_weights, save_converted
+from opsd_megatron.checkpoint.tensor_store import Chunk, TensorStore, write_chunks
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ModelError
 from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
-from opsd_megatron.models.export import export_hf_weights
 from opsd_megatron.models.families import read_spec
 from opsd_megatron.models.qwen3 import Qwen3Spec
-from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
+from opsd_megatron.models.weight_map import check_tensors, hf_shapes, join_shards, read_shard, shard_shape
 from opsd_megatron.types import PackedSequences
 
-# What Megatron models are held in here; float16 weights fit into float32 without loss.
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float32"}
+# What a checkpoint may hold; others, such as 8-bit floats, have to be cast.
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Parts of tensors that are read and written at a time, where they can be divided so finely.
+_PART_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,15 @@ class TensorDifference:
 
 
 def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Convert a Hugging Face directory to a Megatron checkpoint that loads at any TP, PP and DP.
+    """Convert a Hugging Face directory to a Megatron checkpoint that loads at any mesh.
 
     Args:
         source: Hugging Face directory.
         output: Directory to make.
-        dtype: float32 or bfloat16; ``None`` keeps the directory's.
+        dtype: float32 or bfloat16; ``None`` keeps every tensor's.
 
     Raises:
-        ModelError: ``source`` is no complete Qwen3.
+        ModelError: ``source`` is no complete Qwen3, or a tensor is damaged; names it and its file.
         CheckpointError: ``output`` exists or cannot be written; nothing is left there.
     """
     source, output = Path(source), Path(output)
@@ -55,31 +69,130 @@ def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype
     spec = read_spec(source)
     reader = SafetensorsReader(source)
     check_tensors(spec, reader)
-    stored = reader.dtype("model.embed_tokens.weight")
-    if dtype is None and stored not in _DTYPE_NAMES:
-        raise ModelError(f"{source} holds {stored} weights: pass --dtype float32 or bfloat16")
-    with _model(spec, dtype or stored) as (model, dims):
-        load_hf_weights(model, spec, reader, dims)
-        save_checkpoint(output, state=TrainerState(step=0), model=model, source=source)
+    chunks = [chunk for slot in slots(spec) for chunk in _chunks(slot, spec, reader, dtype)]
+    save_converted(output, partial(write_chunks, chunks=chunks), source=source)
 
 
-def megatron_to_hf(checkpoint: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a parameter from ``row`` on, and how to get them."""
+
+    row: int
+    shape: tuple[int, ...]
+    get: Callable[[], Tensor]
+
+
+def _chunks(slot: Slot, spec: Qwen3Spec, reader: SafetensorsReader, dtype: torch.dtype | None) -> list[Chunk]:
+    """A parameter as the chunks it is stored in; each is read when it is written."""
+    name = slot.place.hf_names[0]
+    target = dtype or reader.dtype(name)
+    if target not in _STORED_DTYPES:
+        raise ModelError(f"{reader.file_of(name)}: tensor {name} is {target}: pass --dtype float32 or bfloat16")
+    ones = (1,) * len(slot.index)
+
+    def read(part: _Part) -> Tensor:
+        tensor = part.get()
+        if not is_finite(tensor):
+            raise ModelError(f"{_files(slot, reader)} is damaged: it holds numbers that are NaN or infinite")
+        return cast_checked(name, tensor, target).reshape(*ones, *part.shape)
+
+    return [
+        Chunk(
+            slot.name,
+            shape=(*slot.stack, *slot.shape),
+            dtype=target,
+            offset=(*slot.index, part.row, *(0 for _ in part.shape[1:])),
+            size=(*ones, *part.shape),
+            read=partial(read, part),
+        )
+        for part in _parts(slot, spec, reader)
+    ]
+
+
+def _parts(slot: Slot, spec: Qwen3Spec, reader: SafetensorsReader) -> Iterator[_Part]:
+    """A parameter at tp 1, divided by rows.
+
+    Query, key and value rows are interleaved by heads, as tensor-parallel shards of them are. Every other parameter is
+    its Hugging Face tensors one below the other.
+    """
+    place = slot.place
+    if place.rule.kind == "qkv":
+        tp = _fineness(spec.num_kv_heads, sum(reader.nbytes(name) for name in place.hf_names))
+        shape = shard_shape(place, spec, tp)
+        for rank in range(tp):
+            yield _Part(rank * shape[0], shape, partial(read_shard, place, spec, reader, tp=tp, tp_rank=rank))
+        return
+    row = 0
+    for name in place.hf_names:
+        shape = reader.shape(name)
+        step = max(1, shape[0] * _PART_BYTES // max(1, reader.nbytes(name)))
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            yield _Part(row + start, (rows.stop - start, *shape[1:]), partial(reader.get, name, rows))
+        row += shape[0]
+
+
+def _fineness(divisible: int, size: int) -> int:
+    """The fewest equal parts that are small enough, of those that ``divisible`` things can be divided into."""
+    divisors = [n for n in range(1, divisible + 1) if divisible % n == 0]
+    return next((n for n in divisors if size <= n * _PART_BYTES), divisible)
+
+
+def _files(slot: Slot, reader: SafetensorsReader) -> str:
+    return " or ".join(f"{reader.file_of(name)}: tensor {name}" for name in slot.place.hf_names)
+
+
+def megatron_to_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """Convert a Megatron checkpoint, of the trainer or of :func:`hf_to_megatron`, to a Hugging Face directory.
 
     Args:
         checkpoint: A ``step_N`` directory or a converted one; it carries the configuration and tokenizer.
         output: Directory to make.
         dtype: Cast to this type; ``None`` keeps the checkpoint's.
+        max_shard_bytes: Most tensor bytes in one file.
 
     Raises:
-        CheckpointError: ``checkpoint`` is not complete, or ``output`` exists or cannot be written.
+        CheckpointError: ``checkpoint`` is not complete or not of the model that its configuration describes, a tensor
+            is damaged (names it and its file), or ``output`` exists or cannot be written; nothing is left there.
     """
     refuse_existing(Path(output))
     folder = hf_folder(checkpoint)
-    spec = read_spec(folder)
-    with _model(spec, torch_dist.stored_dtype(Path(checkpoint))) as (model, dims):
-        load_model_weights(checkpoint, model)
-        write_hf_directory(output, export_hf_weights(model, spec, dims), source=folder, dtype=dtype)
+    tensors = stored_tensors(TensorStore(Path(checkpoint)), read_spec(folder))
+    write_hf_directory(output, tensors, source=folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def stored_tensors(store: TensorStore, spec: Qwen3Spec) -> Iterator[tuple[str, TensorPieces]]:
+    """A checkpoint's weights as Hugging Face tensors, in the order transformers writes them, read as they are taken.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model, or a tensor is damaged.
+    """
+    shapes = hf_shapes(spec)
+    for slot in find_slots(store, spec):
+        dtype, ones = store.dtype(slot.name), (1,) * len(slot.index)
+        if slot.place.rule.kind == "qkv":
+            stored = store.read(slot.name, (*slot.index, 0, 0), (*ones, *slot.shape)).reshape(slot.shape)
+            for name, tensor in zip(slot.place.hf_names, join_shards(slot.place, spec, [stored]), strict=True):
+                yield name, TensorPieces(tuple(tensor.shape), dtype, [tensor])
+            continue
+        row = 0
+        for name in slot.place.hf_names:
+            shape = shapes[name]
+            yield name, TensorPieces(shape, dtype, _row_pieces(store, slot, range(row, row + shape[0])))
+            row += shape[0]
+
+
+def _row_pieces(store: TensorStore, slot: Slot, rows: range) -> Iterator[Tensor]:
+    ones, rest = (1,) * len(slot.index), slot.shape[1:]
+    for run in store.row_runs(slot.name, slot.index, rows):
+        offset = (*slot.index, run.start, *(0 for _ in rest))
+        yield store.read(slot.name, offset, (*ones, len(run), *rest)).reshape(len(run), *rest)
 
 
 def compare_tensors(source: str | Path, checkpoint: str | Path) -> tuple[int, list[TensorDifference]]:
@@ -89,18 +202,20 @@ def compare_tensors(source: str | Path, checkpoint: str | Path) -> tuple[int, li
 
     Returns:
         The number of tensors compared, and those that differ.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is incomplete or damaged.
+        ModelError: A file of ``source`` is.
     """
     spec = read_spec(hf_folder(checkpoint))
     reader = SafetensorsReader(source)
     differences: list[TensorDifference] = []
     names: set[str] = set()
-    with _model(spec, torch_dist.stored_dtype(Path(checkpoint))) as (model, dims):
-        load_model_weights(checkpoint, model)
-        for name, tensor in export_hf_weights(model, spec, dims):
-            names.add(name)
-            difference = _compare(name, tensor, reader)
-            if difference is not None:
-                differences.append(difference)
+    for name, tensor in stored_tensors(TensorStore(Path(checkpoint)), spec):
+        names.add(name)
+        difference = _compare(name, tensor, reader)
+        if difference is not None:
+            differences.append(difference)
     for name in reader.names():
         # Some directories repeat a tied head.
         if name not in names and not (spec.tied and name == "lm_head.weight"):
@@ -109,16 +224,18 @@ def compare_tensors(source: str | Path, checkpoint: str | Path) -> tuple[int, li
     return len(names), differences
 
 
-def _compare(name: str, tensor: Tensor, reader: SafetensorsReader) -> TensorDifference | None:
+def _compare(name: str, tensor: TensorPieces, reader: SafetensorsReader) -> TensorDifference | None:
     if name not in reader:
         return TensorDifference(name, "not in the Hugging Face directory")
-    expected = reader.get(name).to(tensor.dtype)
-    if expected.shape != tensor.shape:
-        return TensorDifference(name, f"shape {tuple(expected.shape)} became {tuple(tensor.shape)}")
-    if torch.equal(expected, tensor):
-        return None
-    largest = (expected.double() - tensor.double()).abs().max().item()
-    return TensorDifference(name, "values differ", largest)
+    if reader.shape(name) != tensor.shape:
+        return TensorDifference(name, f"shape {reader.shape(name)} became {tensor.shape}")
+    row, largest, equal = 0, 0.0, True
+    for piece in tensor.pieces:
+        expected = reader.get(name, slice(row, row + piece.shape[0])).to(piece.dtype)
+        row += piece.shape[0]
+        if not torch.equal(expected, piece):
+            equal, largest = False, max(largest, (expected.double() - piece.double()).abs().max().item())
+    return None if equal else TensorDifference(name, "values differ", largest)
 
 
 def checkpoint_logits(checkpoint: str | Path, sequences: list[list[int]]) -> list[Tensor]:
@@ -140,7 +257,7 @@ def checkpoint_logits(checkpoint: str | Path, sequences: list[list[int]]) -> lis
         max_seqlen=max(lengths),
         rows=torch.arange(sum(lengths)),
     )
-    with _model(spec, torch.float32) as (chunks, _), torch.no_grad():
+    with _model(spec) as (chunks, _), torch.no_grad():
         load_model_weights(checkpoint, chunks)
         (model,) = chunks  # without a pipeline
         logits = forward_packed(model, packed).squeeze(1) @ model.output_head().T
@@ -148,11 +265,11 @@ def checkpoint_logits(checkpoint: str | Path, sequences: list[list[int]]) -> lis
 
 
 @contextmanager
-def _model(spec: Qwen3Spec, dtype: torch.dtype) -> Iterator[tuple[list[HiddenStatesGPT], ParallelDims]]:
-    """An uninitialised model on a mesh of this one process."""
+def _model(spec: Qwen3Spec) -> Iterator[tuple[list[HiddenStatesGPT], ParallelDims]]:
+    """An uninitialised float32 model on a mesh of this one process."""
     config = Config()
     config.model.backend = "torch"
-    config.model.dtype = _DTYPE_NAMES[dtype]
+    config.model.dtype = "float32"
     dims = ParallelDims.initialize(config.parallel)
     try:
         yield build_model(spec, config, dims), dims

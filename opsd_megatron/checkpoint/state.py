@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from opsd_megatron.checkpoint import atomic, torch_dist
-from opsd_megatron.checkpoint.hf_io import copy_hf_files
+from opsd_megatron.checkpoint.hf_writer import copy_hf_files
 from opsd_megatron.distributed.collectives import gather_objects
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.families import read_spec
@@ -109,6 +109,32 @@ def save_checkpoint(
     except BaseException:
         if dist.get_rank() == 0:
             atomic.discard(temporary)
+        raise
+
+
+def save_converted(directory: str | Path, write: Callable[[Path], None], *, source: str | Path) -> None:
+    """Make a checkpoint of weights that ``write`` fills; it appears complete under its name or not at all.
+
+    Args:
+        directory: Any name.
+        write: Called with the folder that takes the tensors.
+        source: Hugging Face directory whose configuration and tokenizer go along.
+
+    Raises:
+        CheckpointError: ``directory`` exists or cannot be written (disk full); nothing is left there.
+        Exception: Whatever ``write`` raised; nothing is left there.
+    """
+    directory = Path(directory).absolute()
+    temporary = atomic.begin(directory)
+    record = {"format": _FORMAT, "step": 0, "sampler": {}, "identity": {}, "optimizer": None, "mesh": None}
+    try:
+        write(temporary)
+        _finish(directory, record, Path(source))
+    except OSError as error:
+        atomic.discard(temporary)
+        raise CheckpointError(f"cannot write {directory}: {error}; nothing was left there") from error
+    except BaseException:
+        atomic.discard(temporary)
         raise
 
 

@@ -32,8 +32,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
+from opsd_megatron.checkpoint.tensor_store import read_metadata
 from opsd_megatron.distributed.collectives import broadcast_object
 from opsd_megatron.errors import CheckpointError, OpsdError
 
@@ -220,7 +221,7 @@ def write(state: dict[str, Any], folder: Path) -> None:
 
 
 def _complete(folder: Path) -> None:
-    metadata = FileSystemReader(folder).read_metadata()
+    metadata = read_metadata(folder)
     for info in (metadata.storage_data or {}).values():
         if not (folder / info.relative_path).is_file():
             raise CheckpointError(
@@ -238,7 +239,7 @@ def read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The checkpoint is damaged, or lacks or mis-shapes something that ``state`` asks for.
     """
-    stored = _stored(folder)
+    stored: dict[str, Any] = dict(read_metadata(folder).state_dict_metadata)
     for entry in nested_values(state):
         if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
             if entry.key not in stored:
@@ -256,23 +257,6 @@ def read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
             return dist_checkpointing.load(state, str(folder))  # type: ignore[no-any-return]
     except _READ_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded: {_first_failure(error)}") from error
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the model's parameters in a checkpoint.
-
-    Raises:
-        CheckpointError: The checkpoint is damaged.
-    """
-    return _stored(folder)["embedding.word_embeddings.weight"].properties.dtype  # type: ignore[no-any-return]
-
-
-def _stored(folder: Path) -> dict[str, Any]:
-    """Shape and dtype of every tensor in a checkpoint, by name."""
-    try:
-        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except Exception as error:  # a pickle: damage can raise anything
-        raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error!r}") from error
 
 
 def _first_failure(error: BaseException) -> str:

@@ -78,8 +78,11 @@ def test_the_commands(tmp_path: Path) -> None:
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     converted = tool("hf_to_megatron", "--hf", source, "--output", megatron)
     assert (converted.returncode, converted.stderr) == (0, "") and str(megatron) in converted.stdout
-    exported = tool("megatron_to_hf", "--checkpoint", megatron, "--output", back, "--dtype", "bfloat16")
+    exported = tool(
+        "megatron_to_hf", "--checkpoint", megatron, "--output", back, "--dtype", "bfloat16", "--max-shard-size", "100KB"
+    )
     assert (exported.returncode, exported.stderr) == (0, "")
+    assert len(list(back.glob("*.safetensors"))) > 1 and (back / "model.safetensors.index.json").is_file()
     agreeing = tool("verify", "--hf", source, "--checkpoint", megatron)
     assert agreeing.returncode == 0 and "24 of 24 equal" in agreeing.stdout and "DIFFERENT" not in agreeing.stdout
 
@@ -159,6 +162,7 @@ def test_a_single_changed_value_is_found(tmp_path: Path) -> None:
         ("megatron_to_hf", "--checkpoint nowhere --output new", "there is no checkpoint"),
         ("megatron_to_hf", "--checkpoint mine --output new", "is not a complete checkpoint"),
         ("megatron_to_hf", "--checkpoint nowhere --output mine", "mine already exists"),
+        ("megatron_to_hf", "--checkpoint nowhere --output new --max-shard-size big", "'big' is not a size such as 5GB"),
         ("verify", "--hf model --checkpoint nowhere", "there is no checkpoint"),
         ("verify", "--hf ./nowhere --checkpoint mine", "--hf=./nowhere is not a directory"),
     ],

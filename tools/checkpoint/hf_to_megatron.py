@@ -1,8 +1,9 @@
-"""Convert a Hugging Face Qwen3 directory to a Megatron checkpoint that loads at any TP, PP and DP.
+"""Convert a Hugging Face Qwen3 directory to a Megatron checkpoint that loads at any mesh.
 
     python tools/checkpoint/hf_to_megatron.py --hf HF_DIR --output DIR [--dtype bfloat16]
 
-The checkpoint carries the configuration and tokenizer along. Start a run from it with ``model.checkpoint=DIR``.
+The checkpoint carries the configuration and tokenizer along. Start a run from it with ``model.checkpoint=DIR``. Tensors
+are converted one after the other: memory does not grow with the model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Convert a Megatron checkpoint to a Hugging Face directory that transformers and vLLM load.
 
-    python tools/checkpoint/megatron_to_hf.py --checkpoint RUN/checkpoints/step_N --output HF_DIR [--dtype bfloat16]
+    python tools/checkpoint/megatron_to_hf.py --checkpoint RUN/checkpoints/step_N --output HF_DIR [--dtype bfloat16] \
+        [--max-shard-size 5GB]
 
 The checkpoint may be one of the trainer, saved on any mesh, or one of hf_to_megatron.py; it carries the configuration
-and tokenizer.
+and tokenizer. Tensors are converted one after the other: memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="step_N directory, or a converted one")
     parser.add_argument("--output", required=True, metavar="HF_DIR", help="directory to make; must not exist")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast; default: the checkpoint's")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file; default: %(default)s")
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a conversion needs no device; set before torch looks for one
     warnings.filterwarnings("ignore", module="megatron")  # it names every optional library that is not installed
     import torch
 
     from opsd_megatron.checkpoint.convert import megatron_to_hf
+    from opsd_megatron.checkpoint.hf_writer import parse_size
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     try:
-        megatron_to_hf(options.checkpoint, options.output, dtype=dtype)
+        size = parse_size(options.max_shard_size)
+        megatron_to_hf(options.checkpoint, options.output, dtype=dtype, max_shard_bytes=size)
     except OpsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -2,8 +2,9 @@
 
     python tools/checkpoint/verify.py --hf HF_DIR --checkpoint DIR
 
-Compares every tensor bit for bit, then the logits of transformers and of this package's model on sample token ids, both
-in float32. Prints a table; the exit status is 0 where they agree, 1 where they differ and 2 for bad input.
+Compares every tensor bit for bit, one after the other, then the logits of transformers and of this package's model on
+sample text, both in float32. Prints a table; the exit status is 0 where they agree, 1 where they differ and 2 for bad
+input. The logits need the model in memory, in float32; ``--tensors-only`` leaves them out.
 """
 
 from __future__ import annotations
@@ -12,37 +13,52 @@ import argparse
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from opsd_megatron.errors import EXIT_BAD_INPUT, OpsdError
 
 # Largest difference of float32 logits that rounding explains: the two sum in different orders.
 LOGIT_BOUND = 1e-4
-SAMPLE_LENGTHS = (48, 17, 1)
+SAMPLE_TEXTS = (
+    "Find all integers n for which n^2 + 3n + 5 is divisible by 121. Suppose 121 divides it; then 11 does, too.",
+    "The quick brown fox jumps over the lazy dog.",
+    "42",
+)
 SHOWN = 10
 
 
-def largest_logit_difference(hf: str, checkpoint: str) -> float:
-    """Largest absolute difference of the two models' logits on random token ids."""
+def sample_ids(hf: str) -> list[list[int]]:
+    """The sample texts as token ids; random ids where the directory has no tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from opsd_megatron.models.families import read_spec
+
+    if (Path(hf) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(hf)
+        return [tokenizer(text)["input_ids"] for text in SAMPLE_TEXTS]
+    vocab_size, generator = read_spec(hf).vocab_size, torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (len(text),), generator=generator).tolist() for text in SAMPLE_TEXTS]
+
+
+def largest_logit_difference(hf: str, checkpoint: str, samples: list[list[int]]) -> float:
+    """Largest absolute difference of the two models' logits on ``samples``."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from opsd_megatron.checkpoint.convert import checkpoint_logits
-    from opsd_megatron.models.families import read_spec
 
     logging.disable_progress_bar()
-    vocab_size = read_spec(hf).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    samples = [torch.randint(vocab_size, (length,), generator=generator) for length in SAMPLE_LENGTHS]
     reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = [reference(sample.unsqueeze(0)).logits[0] for sample in samples]
+        expected = [reference(torch.tensor([sample])).logits[0] for sample in samples]
     del reference
-    logits = checkpoint_logits(checkpoint, [sample.tolist() for sample in samples])
+    logits = checkpoint_logits(checkpoint, samples)
     return max(float((ours - theirs).abs().max()) for ours, theirs in zip(logits, expected, strict=True))
 
 
-def verify(hf: str, checkpoint: str) -> bool:
+def verify(hf: str, checkpoint: str, *, logits: bool = True) -> bool:
     """Compare and print the table; True where the two agree."""
     from opsd_megatron.checkpoint.convert import compare_tensors
     from opsd_megatron.models.families import resolve_model_path
@@ -50,12 +66,15 @@ def verify(hf: str, checkpoint: str) -> bool:
     hf = str(resolve_model_path(hf, option="--hf"))
     count, differences = compare_tensors(hf, checkpoint)
     rows = [("tensors, bit for bit", f"{count - len(differences)} of {count} equal", not differences)]
-    if any(difference.largest is None for difference in differences):
-        rows.append((f"logits, {sum(SAMPLE_LENGTHS)} positions", "not compared: the models have other tensors", False))
-    else:
-        largest = largest_logit_difference(hf, checkpoint)
-        text = f"largest difference {largest:.2g} (at most {LOGIT_BOUND:g})"
-        rows.append((f"logits, {sum(SAMPLE_LENGTHS)} positions", text, largest <= LOGIT_BOUND))
+    if logits:
+        samples = sample_ids(hf)
+        label = f"logits, {sum(map(len, samples))} positions"
+        if any(difference.largest is None for difference in differences):
+            rows.append((label, "not compared: the models have other tensors", False))
+        else:
+            largest = largest_logit_difference(hf, checkpoint, samples)
+            text = f"largest difference {largest:.2g} (at most {LOGIT_BOUND:g})"
+            rows.append((label, text, largest <= LOGIT_BOUND))
     for what, found, agrees in rows:
         print(f"{what:<24} {found:<44} {'ok' if agrees else 'DIFFERENT'}")
     for difference in differences[:SHOWN]:
@@ -71,11 +90,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="HF_DIR", help="Hugging Face directory or Hub name")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="step_N directory, or a converted one")
+    parser.add_argument("--tensors-only", action="store_true", help="do not compare logits")
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # compared on the CPU in float32; set before torch looks for a device
     warnings.filterwarnings("ignore", module="megatron")  # it names every optional library that is not installed
     try:
-        return 0 if verify(options.hf, options.checkpoint) else 1
+        return 0 if verify(options.hf, options.checkpoint, logits=not options.tensors_only) else 1
     except OpsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

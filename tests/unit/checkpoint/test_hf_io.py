@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from opsd_megatron.checkpoint import hf_io
+from opsd_megatron.checkpoint import hf_writer
 from opsd_megatron.checkpoint.atomic import begin, temporary_for
-from opsd_megatron.checkpoint.hf_io import SafetensorsReader, write_hf_directory
-from opsd_megatron.errors import CheckpointError, ModelError
+from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+from opsd_megatron.checkpoint.hf_writer import TensorPieces, parse_size, write_hf_directory
+from opsd_megatron.errors import CheckpointError, ConfigError, ModelError
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -210,7 +211,7 @@ def test_tensor_larger_than_a_shard_gets_its_own_file(tmp_path: Path, source: Pa
 
 
 def test_a_full_header_starts_a_new_shard(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_io, "_HEADER_ROOM", 1024)
+    monkeypatch.setattr(hf_writer, "_HEADER_ROOM", 1024)
     tensors = {f"model.layers.{index}.weight": torch.ones(1) for index in range(20)}
     write_hf_directory(tmp_path / "output", iter(tensors.items()), source=source)
     reader = SafetensorsReader(tmp_path / "output")
@@ -278,3 +279,27 @@ def test_source_without_config(tmp_path: Path) -> None:
 def test_duplicate_tensor(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ValueError, match="came twice"):
         write_hf_directory(tmp_path / "output", iter([("a", torch.ones(1)), ("a", torch.ones(1))]), source=source)
+
+
+def test_pieces_are_written_one_after_the_other(tmp_path: Path, source: Path) -> None:
+    full = torch.arange(30.0).reshape(10, 3)
+    pieces = TensorPieces((10, 3), torch.float32, iter([full[:4], full[4:5], full[5:]]))
+    write_hf_directory(tmp_path / "output", iter([("a", pieces), ("b", torch.ones(2))]), source=source)
+    assert torch.equal(SafetensorsReader(tmp_path / "output").get("a"), full)
+    short = TensorPieces((10, 3), torch.float32, iter([full[:4]]))
+    with pytest.raises(ValueError, match=r"the pieces of tensor a do not make up \(10, 3\)"):
+        write_hf_directory(tmp_path / "other", iter([("a", short)]), source=source)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1000", 1000), ("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("4GiB", 4 * 2**30), ("2k", 2000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5 apples", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size such as 5GB"):
+        parse_size(text)

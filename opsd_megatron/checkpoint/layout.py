@@ -1,0 +1,99 @@
+"""Where a ``torch_dist`` checkpoint keeps each parameter, and in which shape.
+
+Megatron-Core stacks the layers of a uniform model: one tensor ``decoder.layers.NAME`` with the layer as its first
+dimension, and the expert as its second for experts' parameters. Layers that differ are kept apart, as
+``decoder.layers.N.NAME``. Matrices are stored as they are at tp 1, whatever mesh saved them. Names are Transformer
+Engine's, also where another backend saved: norms go by the linear layer after them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opsd_megatron.checkpoint.tensor_store import TensorStore
+from opsd_megatron.errors import CheckpointError
+from opsd_megatron.models.qwen3 import Qwen3Spec
+from opsd_megatron.models.rules import Rule
+from opsd_megatron.models.weight_map import Placement, placements, shard_shape
+
+# What else there is: the optimizer's state, random states, Transformer Engine's scaling factors.
+_NOT_WEIGHTS = re.compile(r"optimizer\.|rng_state|.*_extra_state")
+_LAYER = re.compile(r"decoder\.layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter is.
+
+    Attributes:
+        place: The parameter.
+        name: The stored tensor.
+        index: Its place in the stacked dimensions, which come first; empty where nothing is stacked.
+        stack: Sizes of the stacked dimensions.
+        shape: Of the parameter itself. A stored vocabulary may have more rows: padding of the mesh that saved it.
+    """
+
+    place: Placement
+    name: str
+    index: tuple[int, ...]
+    stack: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def slots(spec: Qwen3Spec, *, stacked: bool | None = None) -> Iterator[Slot]:
+    """Where Megatron-Core keeps each parameter of a model, in Hugging Face order.
+
+    Args:
+        spec: The model.
+        stacked: Whether layers are stacked; ``None`` for what Megatron-Core does with this model.
+    """
+    layers = [spec.layer_rules(layer) for layer in range(spec.num_layers)]
+    if stacked is None:
+        stacked = all(rules == layers[0] for rules in layers)
+    for place in placements(spec):
+        shape = shard_shape(place, spec, 1)
+        if place.layer is None:
+            yield Slot(place, place.rule.mcore[0], (), (), shape)
+            continue
+        name = _stored_name(place.rule, layers[place.layer])
+        index, stack = ((), ()) if place.expert is None else ((place.expert,), (spec.experts_in(place.layer),))
+        if stacked:
+            index, stack = (place.layer, *index), (spec.num_layers, *stack)
+        else:
+            name = f"{place.layer}.{name}"
+        yield Slot(place, f"decoder.layers.{name}", index, stack, shape)
+
+
+def _stored_name(rule: Rule, layer: tuple[Rule, ...]) -> str:
+    """What a parameter goes by after its layer; a norm by the linear layer after it where the ``layer`` has that."""
+    if rule.of_expert:
+        return rule.mcore[0].replace(".local_experts.{expert}.", ".experts.")
+    fused = rule.mcore[-1]
+    linear = fused.removesuffix(".layer_norm_weight")
+    return fused if linear == fused or any(f"{linear}.weight" in other.mcore for other in layer) else rule.mcore[0]
+
+
+def find_slots(store: TensorStore, spec: Qwen3Spec) -> list[Slot]:
+    """Where a checkpoint keeps each parameter of a model; reads no tensor.
+
+    Raises:
+        CheckpointError: A parameter is missing or has another shape, or there is a weight that the model does not have.
+    """
+    listed = store.folder / ".metadata"
+    weights = {name for name in store.names() if not _NOT_WEIGHTS.match(name)}
+    apart = any(_LAYER.match(name) for name in weights)
+    found = list(slots(spec, stacked=False if apart else None))
+    for slot in found:
+        if slot.name not in weights:
+            raise CheckpointError(f"{listed} lists no tensor {slot.name}, which config.json calls for")
+        stored, expected = store.shape(slot.name), (*slot.stack, *slot.shape)
+        padded = slot.place.rule.kind == "vocab" and stored[1:] == expected[1:] and stored[0] >= expected[0]
+        if stored != expected and not padded:
+            raise CheckpointError(
+                f"{listed} lists tensor {slot.name} with shape {stored}, config.json calls for {expected}"
+            )
+    if extra := sorted(weights - {slot.name for slot in found}):
+        raise CheckpointError(f"{listed} lists tensor {extra[0]}, which config.json does not call for")
+    return found
