@@ -57,7 +57,7 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """The mesh. Data parallelism takes what is left: world size / (tensor * pipeline).
+    """The mesh. Data parallelism takes what is left: world size / (tensor * pipeline * context).
 
     Experts lie on the same ranks in another way: within a stage, ``expert`` ranks hold different experts and
     ``expert_tensor`` ranks parts of the same ones; what is left holds copies.
@@ -67,6 +67,8 @@ class ParallelConfig:
         pipeline: Pipeline stages. Where they do not divide the model's layers, the last ones hold one layer fewer.
         virtual_stages: Chunks of the model on each pipeline rank (Megatron's interleaved schedule). Above 1,
             micro-batches pass round the ranks so many times, and the pipeline idles less at both ends of a step.
+        context: Ranks that each sequence is split over, for long ones. Every sequence is padded to a multiple of twice
+            this.
         expert: Expert-parallel size; divides the model's experts. 1 for a model without experts.
         expert_tensor: Parts into which an expert is cut; ``None``: ``tensor``.
         sequence: Shard activations outside attention and MLP along the sequence (needs ``tensor > 1``, and goes with
@@ -77,6 +79,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_stages: int = 1
+    context: int = 1
     expert: int = 1
     expert_tensor: int | None = None
     sequence: bool = False
@@ -236,8 +239,8 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps of the whole run, those before a resume included.
         problems_per_step: Problems drawn each step, over the whole world.
-        tokens_per_micro_batch: Token budget of a micro-batch (the longer of its two sides); a sample longer than the
-            budget gets a micro-batch of its own.
+        tokens_per_micro_batch: Token budget of a micro-batch (the longer of its two sides), over all of the
+            ``parallel.context`` ranks that share it; a sample longer than the budget gets a micro-batch of its own.
         seed: Seeds data order, sampling and initialisation.
     """
 
@@ -362,6 +365,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.tensor": (1, None),
     "parallel.pipeline": (1, None),
     "parallel.virtual_stages": (1, None),
+    "parallel.context": (1, None),
     "parallel.expert": (1, None),
     "parallel.expert_tensor": (1, None),
     "objective.beta": (0, 1),
@@ -431,11 +435,12 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_mesh(config: Config, world_size: int) -> None:
-    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    sizes = {key: config.get(key) for key in ("parallel.tensor", "parallel.pipeline", "parallel.context")}
+    model_ranks = math.prod(sizes.values())
     if world_size % model_ranks:
         raise ConfigError(
-            f"the world size {world_size} is not a multiple of parallel.tensor * parallel.pipeline = "
-            f"{config.parallel.tensor} * {config.parallel.pipeline}; start a multiple of {model_ranks} processes "
+            f"the world size {world_size} is not a multiple of {' * '.join(sizes)} = "
+            f"{' * '.join(map(str, sizes.values()))}; start a multiple of {model_ranks} processes "
             "(torchrun --nnodes * --nproc-per-node) or change the mesh"
         )
     if config.parallel.virtual_stages > 1 and config.parallel.pipeline == 1:

@@ -110,12 +110,16 @@ class AlignedSample:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Sequences laid end to end (THD layout), with no padding between them.
+    """Sequences laid end to end (THD layout).
+
+    Under context parallelism a rank's ``ids``, ``positions`` and ``rows`` are of the ``T / cp`` tokens it holds
+    (``data.context``), while ``cu_seqlens`` and ``max_seqlen`` are of the whole sequences.
 
     Attributes:
         ids: Token ids, ``[T]`` int64.
         positions: Position of each token within its own sequence, ``[T]`` int64.
-        cu_seqlens: Start of every sequence and the end of the last, ``[S + 1]`` int32.
+        cu_seqlens: Start of every sequence and the end of the last, ``[S + 1]`` int32. Padding that context parallelism
+            asks for belongs to the sequence it follows.
         max_seqlen: Longest sequence, in tokens.
         rows: Packed positions whose hidden state predicts a response token, ``[R]`` int64.
     """
@@ -138,6 +142,25 @@ class PackedSequences:
 
 
 @dataclass(frozen=True)
+class RowExchange:
+    """How the teacher's rows reach the context-parallel ranks that own the student's.
+
+    Attributes:
+        send_counts: Rows for each rank, cp of them; ``teacher.rows`` lists them in this order.
+        receive_counts: Rows from each rank.
+        order: Where each of this rank's student rows is among the received ones, ``[R]`` int64.
+    """
+
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+    order: Tensor
+
+    def to(self, device: torch.device | str) -> RowExchange:
+        """The same exchange on ``device``."""
+        return RowExchange(self.send_counts, self.receive_counts, self.order.to(device))
+
+
+@dataclass(frozen=True)
 class PackedMicroBatch:
     """What one micro-batch feeds to the model: both roles' sequences and the rows they share.
 
@@ -150,6 +173,8 @@ class PackedMicroBatch:
         response_ids: The token each row predicts, ``[R]`` int64.
         row_weights: Loss weight of each row, ``[R]`` float32.
         engine_log_probs: The engine's log-probability of each response token, ``[R]`` float32; NaN where there is none.
+        exchange: How teacher rows travel under context parallelism; ``None`` where ``teacher.rows`` are in the order of
+            ``student.rows`` already.
     """
 
     student: PackedSequences
@@ -157,6 +182,7 @@ class PackedMicroBatch:
     response_ids: Tensor
     row_weights: Tensor
     engine_log_probs: Tensor
+    exchange: RowExchange | None = None
 
     @property
     def num_rows(self) -> int:
@@ -164,7 +190,7 @@ class PackedMicroBatch:
         return self.response_ids.numel()
 
     def check(self) -> None:
-        """Assert the row invariant of the module docstring on both sides.
+        """Assert the row invariant of the module docstring on both sides, before context parallelism splits them.
 
         Raises:
             AssertionError: A row does not predict its response token; packing is broken.
@@ -181,6 +207,7 @@ class PackedMicroBatch:
             response_ids=self.response_ids.to(device),
             row_weights=self.row_weights.to(device),
             engine_log_probs=self.engine_log_probs.to(device),
+            exchange=None if self.exchange is None else self.exchange.to(device),
         )
 
 

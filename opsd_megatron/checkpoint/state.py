@@ -418,4 +418,9 @@ def _not_a_checkpoint(directory: Path) -> str:
 
 def _mesh(model: Sequence[nn.Module]) -> dict[str, int]:
     groups = torch_dist.unwrap(model[0]).pg_collection
-    return {"tensor": groups.tp.size(), "pipeline": groups.pp.size(), "data": groups.dp.size()}
+    return {
+        "tensor": groups.tp.size(),
+        "pipeline": groups.pp.size(),
+        "data": groups.dp.size(),
+        "context": groups.cp.size(),
+    }

@@ -16,6 +16,32 @@ from torch import Tensor
 from opsd_megatron.types import AlignedSample, PackedMicroBatch, PackedSequences
 
 
+@dataclass(frozen=True)
+class PackingLayout:
+    """What the lengths of packed sequences must be multiples of, so that ranks can share them evenly.
+
+    Attributes:
+        sequence_multiple: Each sequence's length becomes a multiple of this (context parallelism splits each one) by
+            padding at its end, which nothing before it sees and which carries no loss.
+        total_multiple: Each side's T becomes a multiple of this, itself one of ``sequence_multiple`` (sequence
+            parallelism splits T), by one more sequence of filler at the end, which carries no loss.
+    """
+
+    sequence_multiple: int = 1
+    total_multiple: int = 1
+
+    def padding(self, tokens: int) -> int:
+        """Padding of a sequence of so many tokens."""
+        return -tokens % self.sequence_multiple
+
+    def filler(self, tokens: int) -> int:
+        """Filler after so many packed tokens.
+
+        Without samples a side still has two: the least that a causal model treats as an ordinary sequence.
+        """
+        return -tokens % self.total_multiple if tokens else max(2, self.total_multiple)
+
+
 @dataclass
 class _Bin:
     """A micro-batch being filled."""
@@ -91,8 +117,7 @@ def packing_efficiency(
     plan: Sequence[Sequence[Sequence[int]]],
     *,
     with_teacher: bool,
-    sequence_multiple_of: int = 1,
-    multiple_of: int = 1,
+    layout: PackingLayout = PackingLayout(),
 ) -> float:
     """How much of the step's computing goes into tokens of samples.
 
@@ -103,16 +128,15 @@ def packing_efficiency(
         samples: All samples of the step.
         plan: What :func:`plan_micro_batches` made of them.
         with_teacher: As for :func:`pack`.
-        sequence_multiple_of: As for :func:`pack`.
-        multiple_of: As for :func:`pack`.
+        layout: As for :func:`pack`.
 
     Returns:
         Useful work over ranks times the work of the busiest one; above 0, at most 1.
     """
 
     def slots(lengths: Sequence[int]) -> int:
-        total = sum(length + -length % sequence_multiple_of for length in lengths)
-        return total + _filler(total, multiple_of)
+        total = sum(length + layout.padding(length) for length in lengths)
+        return total + layout.filler(total)
 
     def work(indices: Sequence[int]) -> int:
         student = slots([samples[i].student_tokens for i in indices])
@@ -120,14 +144,6 @@ def packing_efficiency(
 
     useful = sum(_work(sample.student_tokens, sample.teacher_tokens) for sample in samples)
     return useful / (len(plan) * max(sum(work(indices) for indices in rank) for rank in plan))
-
-
-def _filler(tokens: int, multiple_of: int) -> int:
-    """Filler tokens after so many packed ones.
-
-    Without samples a side still has two: the least that a causal model treats as an ordinary sequence.
-    """
-    return -tokens % multiple_of if tokens else max(2, multiple_of)
 
 
 def _first_fit(samples: Sequence[AlignedSample], order: Sequence[int], token_budget: int) -> int:
@@ -159,8 +175,7 @@ def pack(
     samples: Sequence[AlignedSample],
     *,
     with_teacher: bool,
-    sequence_multiple_of: int = 1,
-    multiple_of: int = 1,
+    layout: PackingLayout = PackingLayout(),
     pad_id: int = 0,
 ) -> PackedMicroBatch:
     """Lay samples end to end, on both sides in the same order, and check the row invariant.
@@ -168,10 +183,7 @@ def pack(
     Args:
         samples: The samples of one micro-batch; none makes one that holds filler only.
         with_teacher: Pack the teacher's side too.
-        sequence_multiple_of: Each sequence's length becomes a multiple of this (context parallelism splits each one
-            evenly) by padding at its end, which nothing before it sees and which carries no loss.
-        multiple_of: Each side's T becomes a multiple of this, itself one of ``sequence_multiple_of`` (sequence
-            parallelism splits T evenly), by one more sequence of filler at the end, which carries no loss.
+        layout: Which lengths need padding or filler.
         pad_id: The padding's token id.
 
     Returns:
@@ -184,7 +196,7 @@ def pack(
         _check_sample(sample, with_teacher)
 
     def side(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> PackedSequences:
-        return _sequences(pairs, sequence_multiple_of, multiple_of, pad_id)
+        return _sequences(pairs, layout, pad_id)
 
     batch = PackedMicroBatch(
         student=side([(s.student_prompt_ids, s.response_ids) for s in samples]),
@@ -209,7 +221,7 @@ def _check_sample(sample: AlignedSample, with_teacher: bool) -> None:
 
 
 def _sequences(
-    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], sequence_multiple_of: int, multiple_of: int, pad_id: int
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], layout: PackingLayout, pad_id: int
 ) -> PackedSequences:
     """One side: prompt, response and padding of each sample, then filler."""
     ids: list[int] = []
@@ -220,10 +232,10 @@ def _sequences(
         rows.extend(range(first, first + len(response)))
         ids.extend(prompt)
         ids.extend(response)
-        padding = -(len(prompt) + len(response)) % sequence_multiple_of
+        padding = layout.padding(len(prompt) + len(response))
         ids.extend([pad_id] * padding)
         lengths.append(len(prompt) + len(response) + padding)
-    filler = _filler(len(ids), multiple_of)
+    filler = layout.filler(len(ids))
     if filler:
         ids.extend([pad_id] * filler)
         lengths.append(filler)

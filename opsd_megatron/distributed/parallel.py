@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,13 +25,14 @@ _TIMEOUT = timedelta(hours=2)
 class ParallelDims:
     """Sizes, this rank's coordinates and process groups of the mesh.
 
-    Ranks are laid out tensor-parallel first, then data-parallel, then pipeline: neighbouring ranks share a
-    tensor-parallel group, the heaviest traffic.
+    Ranks are laid out tensor-parallel first, then context-parallel, then data-parallel, then pipeline: neighbouring
+    ranks share a tensor-parallel group, the heaviest traffic.
 
     Attributes:
         tp: Tensor-parallel size.
         pp: Pipeline ranks.
         vpp: Chunks of the model on each of them; above 1 the pipeline is interleaved.
+        cp: Context-parallel size: ranks that each sequence is split over.
         dp: Data-parallel size.
         sequence_parallel: Whether activations are sharded over ``tp_group`` along the sequence outside attention and
             MLP.
@@ -43,6 +45,7 @@ class ParallelDims:
     tp: int
     pp: int
     vpp: int
+    cp: int
     dp: int
     sequence_parallel: bool
     rank: int
@@ -62,14 +65,15 @@ class ParallelDims:
         Ranks: every rank of the world, once; :meth:`destroy` first to build another mesh.
 
         Raises:
-            RuntimeError: The world size is not a multiple of ``tensor * pipeline`` (``Config.validate`` says so
-                earlier and better).
+            RuntimeError: The world size is not a multiple of ``tensor * pipeline * context`` (``Config.validate`` says
+                so earlier and better).
         """
         install_cpu_stand_ins()
         device, owns_world = join_world()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
             virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
@@ -80,6 +84,7 @@ class ParallelDims:
             tp=parallel.tensor,
             pp=parallel.pipeline,
             vpp=parallel.virtual_stages,
+            cp=parallel.context,
             dp=groups.dp.size(),
             sequence_parallel=parallel.sequence and parallel.tensor > 1,
             rank=dist.get_rank(),
@@ -112,6 +117,16 @@ class ParallelDims:
     def dp_group(self) -> dist.ProcessGroup:
         """Ranks that hold equal weights and see different data."""
         return self.pg_collection.dp
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold equal weights and parts of the same sequences."""
+        return self.pg_collection.cp
+
+    @property
+    def dp_cp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold equal weights: those that gradients are summed over."""
+        return self.pg_collection.dp_cp
 
     @property
     def expert_group(self) -> dist.ProcessGroup:
@@ -149,9 +164,24 @@ class ParallelDims:
         return self.pp_group.rank()
 
     @property
+    def cp_rank(self) -> int:
+        """This rank's part of each sequence."""
+        return self.cp_group.rank()
+
+    @property
     def dp_rank(self) -> int:
         """This rank's share of the data."""
         return self.dp_group.rank()
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of every packed sequence must be a multiple of (``data.context``)."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def packing_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of; sequence parallelism splits each part again."""
+        return math.lcm(self.sequence_multiple, self.cp * self.tp if self.sequence_parallel else 1)
 
     @property
     def is_first_stage(self) -> bool:

@@ -113,11 +113,12 @@ def forward_packed(model: torch.nn.Module, sequences: PackedSequences) -> Tensor
 
     Args:
         model: A chunk that :func:`build_model` returned, plain or in Megatron-Core's data-parallel wrapper.
-        sequences: On the model's device. Under sequence parallelism T is a multiple of tp.
+        sequences: On the model's device; under context parallelism this rank's part. Under sequence parallelism T is a
+            multiple of tp.
 
     Returns:
         Hidden states ``[T, 1, H]`` (``[T/tp, 1, H]`` under sequence parallelism) in the model's dtype, after the final
-        norm from the last chunk.
+        norm from the last chunk; T is this rank's part under context parallelism.
     """
     packing = PackedSeqParams(
         qkv_format="thd",

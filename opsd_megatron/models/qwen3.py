@@ -273,6 +273,7 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         virtual_pipeline_model_parallel_size=dims.vpp if dims.vpp > 1 else None,
         pipeline_model_parallel_layout=_layout(spec, dims) if dims.pp > 1 else None,
         sequence_parallel=dims.sequence_parallel,
+        context_parallel_size=dims.cp,
         # Weights are loaded, never drawn.
         perform_initialization=False,
         use_cpu_initialization=not on_cuda,

@@ -6,7 +6,7 @@ CUDA than a kernel that takes all of them at once; Transformer Engine has one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -25,6 +30,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+from opsd_megatron.data.context import context_indices
 
 
 class RMSNorm(torch.nn.Module):
@@ -48,10 +55,15 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention within each of the packed sequences, through PyTorch's scaled-dot-product attention."""
+    """Causal attention within each of the packed sequences, through PyTorch's scaled-dot-product attention.
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    Under context parallelism a rank's queries see keys and values gathered from all ranks of the group; in backward
+    their gradients are summed and scattered back.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any) -> None:
         super().__init__()
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -65,8 +77,10 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend.
 
+        Ranks: every rank of the context-parallel group.
+
         Args:
-            query: ``[T, heads/tp, head_dim]``.
+            query: ``[T, heads/tp, head_dim]``, T this rank's part under context parallelism.
             key: ``[T, kv_heads/tp, head_dim]``.
             value: Like ``key``.
             attention_mask: Not used: the packing says what is visible.
@@ -75,16 +89,56 @@ class PackedAttention(torch.nn.Module):
         Returns:
             ``[T, heads/tp * head_dim]``.
         """
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        cu_seqlens = packed_seq_params.cu_seqlens_q
+        if self.cp_group.size() > 1:
+            key, value = self._gather(key, value, cu_seqlens)
         # [T, n, d] -> [1, n, T, d], as scaled_dot_product_attention wants it.
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        attended = [
-            F.scaled_dot_product_attention(
-                query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, enable_gqa=True
+        attended = []
+        first = 0
+        for start, visible, queries in self._pieces(cu_seqlens.tolist()):
+            seen = slice(start, start + visible)
+            attended.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, first : first + queries],
+                    key[:, :, seen],
+                    value[:, :, seen],
+                    attn_mask=None if queries == visible else _lower_right(queries, visible, query.device),
+                    is_causal=queries == visible,
+                    enable_gqa=True,
+                )
             )
-            for start, end in pairwise(bounds)
-        ]
+            first += queries
         return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+
+    def _pieces(self, bounds: list[int]) -> Iterator[tuple[int, int, int]]:
+        """Consecutive queries of this rank: where their sequence starts, how many keys the last one sees, their number.
+
+        Whole sequences, or under context parallelism two chunks of each (``data.context``).
+        """
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+        for start, end in pairwise(bounds):
+            if cp == 1:
+                yield start, end - start, end - start
+            else:
+                chunk = (end - start) // (2 * cp)
+                yield start, chunk * (rank + 1), chunk
+                yield start, chunk * (2 * cp - rank), chunk
+
+    def _gather(self, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole sequences, ``[T, kv_heads/tp, head_dim]`` each, in one collective."""
+        both = gather_from_sequence_parallel_region(
+            torch.stack([key, value], dim=1), tensor_parallel_output_grad=True, group=self.cp_group
+        )
+        cp = self.cp_group.size()
+        held = torch.cat([context_indices(cu_seqlens, cp=cp, rank=rank) for rank in range(cp)])
+        key, value = both.index_select(0, held.argsort()).unbind(1)
+        return key, value
+
+
+def _lower_right(queries: int, visible: int, device: torch.device) -> Tensor:
+    """Which keys each query may see when the last query sees all of them."""
+    return torch.ones(queries, visible, dtype=torch.bool, device=device).tril(visible - queries)
 
 
 def block_spec(experts: Sequence[int]) -> TransformerBlockSubmodules:

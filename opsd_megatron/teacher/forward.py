@@ -5,18 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.build import HiddenStatesGPT, forward_packed
 from opsd_megatron.models.hidden import response_hidden
-from opsd_megatron.types import PackedMicroBatch, PackedSequences, TeacherTargets
+from opsd_megatron.types import PackedMicroBatch, PackedSequences, RowExchange, TeacherTargets
 
 
 def _teacher_side(micro_batch: PackedMicroBatch) -> PackedSequences:
     assert micro_batch.teacher is not None, "this micro-batch was packed without a teacher"
     return micro_batch.teacher
+
+
+def exchange_rows(hidden: Tensor, exchange: RowExchange, group: dist.ProcessGroup) -> Tensor:
+    """Bring the teacher's rows to the context-parallel ranks that own the student's. Not differentiable.
+
+    Ranks: every rank of ``group``.
+
+    Args:
+        hidden: The teacher's hidden states at this rank's ``teacher.rows``, ``[sum(send_counts), H]``.
+        exchange: Who gets which.
+        group: The context-parallel group.
+
+    Returns:
+        ``[R, H]``, in the order of this rank's student rows.
+    """
+    received = hidden.new_empty(sum(exchange.receive_counts), hidden.shape[1])
+    counts = list(exchange.receive_counts), list(exchange.send_counts)
+    dist.all_to_all_single(received, hidden.contiguous(), *counts, group=group)
+    return received[exchange.order]
 
 
 def collect_targets(
@@ -38,11 +58,13 @@ def collect_targets(
     def forward_step(
         batches: Iterator[PackedMicroBatch], model: HiddenStatesGPT
     ) -> tuple[Tensor, Callable[..., Tensor]]:
-        sequences = _teacher_side(next(batches))
+        batch = next(batches)
+        sequences = _teacher_side(batch)
         output = forward_packed(model, sequences)
 
         def keep(hidden: Tensor, non_loss_data: bool = False) -> Tensor:
-            return response_hidden(hidden, sequences.rows, dims)
+            rows = response_hidden(hidden, sequences.rows, dims)
+            return rows if batch.exchange is None else exchange_rows(rows, batch.exchange, dims.cp_group)
 
         return output, keep
 

@@ -112,7 +112,7 @@ def _forward_backward(
 def _reduce_metrics(
     outputs: Sequence[LossOutput], micro_batches: Sequence[PackedMicroBatch], dims: ParallelDims
 ) -> tuple[dict[str, float], int]:
-    """Sum over micro-batches and data-parallel ranks, then tell the earlier pipeline stages.
+    """Sum over micro-batches and the ranks that share rows out, then tell the earlier pipeline stages.
 
     The last stage holds the names; it sends them along with the values, since the others never see a loss.
     """
@@ -123,13 +123,13 @@ def _reduce_metrics(
         rows = torch.tensor(float(sum(batch.num_rows for batch in micro_batches)), device=dims.device)
         # float64: sums over millions of rows, and the row count must stay exact.
         total = torch.stack([rows, *sums.values()]).double()
-        dist.all_reduce(total, group=dims.dp_group)
+        dist.all_reduce(total, group=dims.dp_cp_group)
         values = total.tolist()
         count = int(values[0])
         metrics = {name: value / max(count, 1) for name, value in zip(sums, values[1:], strict=True)}
         if maxima:
             largest = torch.stack(list(maxima.values())).double()
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dims.dp_group)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dims.dp_cp_group)
             metrics |= dict(zip(maxima, largest.tolist(), strict=True))
         message = [(metrics, count)]
     if dims.pp > 1:

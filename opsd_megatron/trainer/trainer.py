@@ -11,7 +11,8 @@ import numpy as np
 
 from opsd_megatron.checkpoint.state import TrainerState, prune_checkpoints, save_checkpoint
 from opsd_megatron.config import Config
-from opsd_megatron.data.packing import pack, packing_efficiency, plan_micro_batches
+from opsd_megatron.data.context import split_context
+from opsd_megatron.data.packing import PackingLayout, pack, packing_efficiency, plan_micro_batches
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.data.sampler import ProblemSampler
 from opsd_megatron.distributed.parallel import ParallelDims
@@ -152,23 +153,21 @@ class Trainer:
         ]
 
     def _micro_batches(self, samples: Sequence[AlignedSample]) -> tuple[list[PackedMicroBatch], float]:
-        """This data-parallel rank's slice of the plan that every rank computes, and the whole plan's efficiency."""
+        """This rank's part of the plan that every rank computes, and the whole plan's efficiency."""
         plan = plan_micro_batches(
             samples,
             dp_size=self.dims.dp,
             token_budget=self.config.train.tokens_per_micro_batch,
             count_multiple_of=self.dims.pp if self.dims.vpp > 1 else 1,
         )
-        # Sequence parallelism splits packed tokens evenly over tp.
-        multiple_of = self.dims.tp if self.dims.sequence_parallel else 1
+        layout = PackingLayout(self.dims.sequence_multiple, self.dims.packing_multiple)
         with_teacher = self.objective.needs_teacher
-        micro_batches = [
-            pack([samples[index] for index in indices], with_teacher=with_teacher, multiple_of=multiple_of).to(
-                self.dims.device
-            )
-            for indices in plan[self.dims.dp_rank]
-        ]
-        return micro_batches, packing_efficiency(samples, plan, with_teacher=with_teacher, multiple_of=multiple_of)
+        micro_batches = []
+        for indices in plan[self.dims.dp_rank]:
+            whole = pack([samples[index] for index in indices], with_teacher=with_teacher, layout=layout)
+            part = split_context(whole, cp=self.dims.cp, rank=self.dims.cp_rank)
+            micro_batches.append(part.to(self.dims.device))
+        return micro_batches, packing_efficiency(samples, plan, with_teacher=with_teacher, layout=layout)
 
     def _sync(self, engine: RolloutEngine, timer: PhaseTimer) -> None:
         """Bring the engine to the trainer's weights, right before it samples; at the start and after a resume too."""

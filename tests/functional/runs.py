@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class SmallRun:
         return [f"{key}={'null' if value is None else str(value)}" for key, value in settings.items()]
 
 
-def make_small_run(directory: Path, *, tied: bool = True, problems: int = 9) -> SmallRun:
+def make_small_run(
+    directory: Path, *, problems: int = 9, make_model: Callable[[Path], Path] = make_tiny_qwen3
+) -> SmallRun:
     """Write a tiny model, problems of different lengths, and two scripted responses for each of them."""
     from transformers import AutoTokenizer
 
@@ -61,7 +64,7 @@ def make_small_run(directory: Path, *, tied: bool = True, problems: int = 9) -> 
     from opsd_megatron.data.problems import load_problems
     from opsd_megatron.data.prompts import PromptBuilder
 
-    model = make_tiny_qwen3(directory / "model", tied=tied)
+    model = make_model(directory / "model")
     draw = random.Random(0)
     data = directory / "train.jsonl"
     with data.open("w") as file:

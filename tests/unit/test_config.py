@@ -76,6 +76,11 @@ def test_composition_errors_name_the_key(overrides: list[str], message: str) -> 
         ("optimizer.beta2=1.0", 1, "optimizer.beta2"),
         ("parallel.tensor=2", 3, "world size 3 is not a multiple"),
         ("parallel.sequence=true", 1, "parallel.sequence"),
+        (
+            "parallel.context=2",
+            3,
+            r"parallel.tensor \* parallel.pipeline \* parallel.context = 1 \* 1 \* 2; start a mul",
+        ),
         ("parallel.virtual_stages=2", 1, "parallel.virtual_stages=2 .* needs parallel.pipeline > 1"),
         ("rollout.tensor=2", 3, "rollout.tensor=2 does not divide the world size 3"),
         ("rollout.engine=scripted", 1, "rollout.script"),

@@ -32,6 +32,7 @@ class Mesh:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    cp: int = 1
     ep: int = 1
     sharded_optimizer: bool = True
     dtype: str = "float32"
@@ -41,6 +42,7 @@ class Mesh:
         config.parallel.tensor = self.tp
         config.parallel.pipeline = self.pp
         config.parallel.virtual_stages = self.vpp
+        config.parallel.context = self.cp
         config.parallel.expert = self.ep
         config.parallel.distributed_optimizer = self.sharded_optimizer
         config.model.dtype = self.dtype

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_megatron.data.packing import pack, packing_efficiency, plan_micro_batches
+from opsd_megatron.data.packing import PackingLayout, pack, packing_efficiency, plan_micro_batches
 from opsd_megatron.types import AlignedSample, PackedSequences
 
 
@@ -79,11 +79,11 @@ def test_efficiency_by_hand() -> None:
     # The empty micro-batch has two tokens on each side.
     assert packing_efficiency(samples, [[[0, 1], []]], with_teacher=True) == 42 / 50
     # Sides of 8 + 4 and 12 + 8 tokens, then 16 and 24.
-    assert packing_efficiency(samples, [[[0, 1]]], with_teacher=True, sequence_multiple_of=4) == 42 / (3 * 12 + 20)
-    padded = packing_efficiency(samples, [[[0, 1]]], with_teacher=True, sequence_multiple_of=4, multiple_of=8)
+    assert packing_efficiency(samples, [[[0, 1]]], with_teacher=True, layout=PackingLayout(4, 4)) == 42 / (3 * 12 + 20)
+    padded = packing_efficiency(samples, [[[0, 1]]], with_teacher=True, layout=PackingLayout(4, 8))
     assert padded == 42 / (3 * 16 + 24)
     alone = [AlignedSample(s.student_prompt_ids, None, s.response_ids) for s in samples]
-    assert packing_efficiency(alone, [[[0], [1]]], with_teacher=False, multiple_of=2) == 27 / 30
+    assert packing_efficiency(alone, [[[0], [1]]], with_teacher=False, layout=PackingLayout(1, 2)) == 27 / 30
 
 
 @pytest.mark.parametrize(
@@ -108,19 +108,19 @@ def test_realistic_lengths_leave_little_idle(
             for prompt in [length(120, 0.4, 1024) for _ in range(problems)]
         ]
         plan = plan_micro_batches(samples, dp_size=dp, token_budget=16384)
-        layout = {"sequence_multiple_of": sequence_multiple_of, "multiple_of": multiple_of}
-        assert packing_efficiency(samples, plan, with_teacher=True, **layout) >= 0.95
+        layout = PackingLayout(sequence_multiple_of, multiple_of)
+        assert packing_efficiency(samples, plan, with_teacher=True, layout=layout) >= 0.95
         # And it counts what pack() makes.
         slots = [
             sum(
                 3 * batch.student.ids.numel() + (0 if batch.teacher is None else batch.teacher.ids.numel())
                 for indices in rank
-                for batch in [pack([samples[i] for i in indices], with_teacher=True, **layout)]
+                for batch in [pack([samples[i] for i in indices], with_teacher=True, layout=layout)]
             )
             for rank in plan
         ]
         useful = sum(3 * s.student_tokens + s.teacher_tokens for s in samples)
-        assert packing_efficiency(samples, plan, with_teacher=True, **layout) == useful / (dp * max(slots))
+        assert packing_efficiency(samples, plan, with_teacher=True, layout=layout) == useful / (dp * max(slots))
 
 
 def test_plan_without_samples_gives_every_rank_an_empty_micro_batch() -> None:
@@ -157,7 +157,9 @@ def test_pack_golden() -> None:
 
 
 def test_filler_ends_each_side_and_carries_no_loss() -> None:
-    batch = pack([AlignedSample((10, 11), (20, 21, 22), (7, 8))], with_teacher=True, multiple_of=4, pad_id=99)
+    batch = pack(
+        [AlignedSample((10, 11), (20, 21, 22), (7, 8))], with_teacher=True, layout=PackingLayout(1, 4), pad_id=99
+    )
     assert batch.teacher is not None
     assert batch.student.ids.tolist() == [10, 11, 7, 8]  # already a multiple: no filler
     assert batch.student.cu_seqlens.tolist() == [0, 4]
@@ -169,7 +171,7 @@ def test_filler_ends_each_side_and_carries_no_loss() -> None:
 
 @pytest.mark.parametrize(("multiple_of", "tokens"), [(1, 2), (2, 2), (3, 3), (8, 8)])
 def test_empty_micro_batch(multiple_of: int, tokens: int) -> None:
-    batch = pack([], with_teacher=True, multiple_of=multiple_of, pad_id=5)
+    batch = pack([], with_teacher=True, layout=PackingLayout(1, multiple_of), pad_id=5)
     assert batch.teacher is not None
     for side in (batch.student, batch.teacher):
         assert side.ids.tolist() == [5] * tokens
@@ -184,7 +186,7 @@ def test_empty_micro_batch(multiple_of: int, tokens: int) -> None:
 
 def test_padding_ends_each_sequence_and_carries_no_loss() -> None:
     samples = [AlignedSample((10, 11), None, (7, 8, 9)), AlignedSample((12,), None, (6,))]
-    batch = pack(samples, with_teacher=False, sequence_multiple_of=4, multiple_of=16, pad_id=99)
+    batch = pack(samples, with_teacher=False, layout=PackingLayout(4, 16), pad_id=99)
     assert batch.student.ids.tolist() == [10, 11, 7, 8, 9, 99, 99, 99, 12, 6, 99, 99, 99, 99, 99, 99]
     assert batch.student.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.student.cu_seqlens.tolist() == [0, 8, 12, 16]
@@ -195,7 +197,7 @@ def test_padding_ends_each_sequence_and_carries_no_loss() -> None:
 @settings(max_examples=80, deadline=None)
 @given(sample_lists, st.sampled_from([1, 2, 4, 7]), st.booleans())
 def test_pack_properties(samples: list[AlignedSample], multiple_of: int, with_teacher: bool) -> None:
-    batch = pack(samples, with_teacher=with_teacher, multiple_of=multiple_of)
+    batch = pack(samples, with_teacher=with_teacher, layout=PackingLayout(1, multiple_of))
     assert (batch.teacher is not None) == with_teacher
     prompts = [("student", [s.student_prompt_ids for s in samples], batch.student)]
     if batch.teacher is not None:

@@ -112,7 +112,7 @@ def _kept_activations(path: Path) -> dict[str, tuple[int, torch.Tensor]]:
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.distributed.seed import seed_everything
     from opsd_megatron.models.build import build_model, forward_packed
-    from opsd_megatron.models.qwen3 import read_spec
+    from opsd_megatron.models.families import read_spec
     from opsd_megatron.models.weight_map import load_hf_weights
     from opsd_megatron.types import AlignedSample
 

@@ -1,0 +1,52 @@
+"""Attention split over context-parallel ranks against attention over whole sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_megatron.config import ParallelConfig
+from tests.distributed import run_distributed
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+
+
+@pytest.mark.parametrize("cp", [2, 3])
+def test_split_attention_equals_whole(cp: int) -> None:
+    """Values, and gradients of queries, keys and values, in float64."""
+    lengths = [2 * cp * chunk for chunk in (1, 5, 2)]
+    whole = run_distributed(attend, 1, 1, lengths)[0]
+    for rank, part in enumerate(run_distributed(attend, cp, cp, lengths)):
+        held = positions(lengths, cp, rank)
+        for found, expected in zip(part, whole, strict=True):
+            torch.testing.assert_close(found, expected[held], rtol=1e-12, atol=1e-12)
+            assert expected[held].abs().max() > 0.1
+
+
+def positions(lengths: list[int], cp: int, rank: int) -> Tensor:
+    from opsd_megatron.data.context import context_indices
+
+    return context_indices(torch.tensor([0, *lengths]).cumsum(0), cp=cp, rank=rank)
+
+
+def attend(cp: int, lengths: list[int]) -> list[Tensor]:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.models.torch_backend import PackedAttention
+
+    dims = ParallelDims.initialize(ParallelConfig(context=cp))
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS)
+    attention = PackedAttention(config, dims.pg_collection)
+    draw = torch.Generator().manual_seed(0)
+    held = positions(lengths, cp, dims.cp_rank)
+    sizes = (HEADS, KV_HEADS, KV_HEADS)
+    whole = [torch.randn(sum(lengths), heads, HEAD_DIM, generator=draw, dtype=torch.float64) for heads in sizes]
+    inputs = [tensor[held].requires_grad_() for tensor in whole]
+    weights = torch.randn(sum(lengths), HEADS * HEAD_DIM, generator=draw, dtype=torch.float64)
+    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0))
+    output = attention(*inputs, None, packed_seq_params=packing)
+    output.backward(weights[held])
+    return [output.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
