@@ -426,6 +426,12 @@ def _check_ranges(config: Config) -> None:
         if value is not None and (value <= above or (up_to is not None and value > up_to)):
             bounds = f"above {above}" + ("" if up_to is None else f" and at most {up_to}")
             raise ConfigError(f"{key}={value} must be {bounds}")
+    beta = config.objective.beta
+    if 0 < min(beta, 1 - beta) < 1e-6:
+        raise ConfigError(
+            f"objective.beta={beta} is neither 0 nor 1 but so near that the divergence vanishes; use 0 for forward KL "
+            "and 1 for reverse KL"
+        )
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= config.get(key) < 1:
             raise ConfigError(f"{key}={config.get(key)} must be at least 0 and below 1")

@@ -152,7 +152,7 @@ def _run(
     assert student_hidden is not None and student_weight is not None
     if student_hidden.device.type == "cpu":
         keep_small_blocks_mapped()
-    chunks = row_chunks(student_hidden.shape[0], loss.shard, options.chunk_rows)
+    chunks = row_chunks(student_hidden.shape[0], loss.shard, options.chunk_rows, student_hidden.device)
     if not chunks:
         return RowResults.of_no_rows(student_hidden, loss.diagnostic_rows)
     largest = chunks[0].stop

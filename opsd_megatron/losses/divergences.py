@@ -39,6 +39,10 @@ ClipMode = Literal["entry", "bregman", "rescale", "token", "none"]
 # Log-probability of an entry whose logit is -inf. Finite, so that 0 * log 0 is 0 and a difference of two is 0.
 LOG_ZERO = -1e30
 
+# Between the endpoints beta keeps this distance from them. The divergence is proportional to it there, and in float32
+# 1 - beta would become 1.
+LEAST_BETA = 1e-6
+
 
 @dataclass(frozen=True)
 class DivergenceSpec:
@@ -62,6 +66,11 @@ class DivergenceSpec:
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta} must be between 0 and 1")
+        if 0 < min(self.beta, 1 - self.beta) < LEAST_BETA * (1 - 1e-9):
+            raise ValueError(
+                f"beta={self.beta} is neither 0 nor 1 but nearer than {LEAST_BETA:g}, where the divergence vanishes; "
+                "use 0 for forward KL and 1 for reverse KL"
+            )
         check_temperature(self.temperature)
         check_clip(self.clip)
         if self.clip_mode not in get_args(ClipMode):

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from opsd_megatron.losses.shard import Pending, VocabShard
 
-# Logits of one chunk and side, counted in elements (96 MiB in float32). Large enough that the matrix products run at
-# full speed and that the head weight's gradient is not read and written too often.
-_CHUNK_ELEMENTS = 3 << 23
+# Logits of one chunk and side, counted in elements: 96 MiB in float32 on CPU, 512 MiB elsewhere. Large enough that the
+# matrix products run at full speed and that reading and writing the head weight's gradient once a chunk costs little
+# beside them: at r rows a chunk it moves 8 bytes for 8 r operations, and a GPU does hundreds of operations a byte.
+_CHUNK_ELEMENTS_ON_CPU, _CHUNK_ELEMENTS = 3 << 23, 1 << 27
+# There, rows of a chunk are a multiple of this: the tile of a matrix product.
+_TILE_ROWS = 128
 # On CPU the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen elementwise
 # steps then stay in the cache and never exist for a whole chunk.
 _BLOCK_ELEMENTS = 1 << 18
@@ -65,9 +68,11 @@ class Head:
     def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
         """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place; the first one is written."""
         if self._half and not self._on_cpu:
-            dtype = self._weight.dtype
-            product = torch.mm(grad_logits.to(dtype).t(), hidden.to(dtype), out_dtype=torch.float32)
-            total.copy_(product) if first else total.add_(product)
+            grad_logits, hidden = grad_logits.to(self._weight.dtype), hidden.to(self._weight.dtype)
+            if first:
+                torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
+            else:
+                torch.addmm(total, grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
         elif first:
             torch.mm(grad_logits.t(), hidden.to(self._dtype), out=total)
         else:
@@ -160,9 +165,12 @@ class HeadGradients:
         return torch.empty_like(weight)
 
 
-def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None) -> list[slice]:
+def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None, device: torch.device) -> list[slice]:
     """Slices that cover ``num_rows`` rows; the same on every rank of the shard's group."""
-    return list(_slices(0, num_rows, max(1, _CHUNK_ELEMENTS // shard.width) if chunk_rows is None else chunk_rows))
+    if chunk_rows is None:
+        elements, tile = (_CHUNK_ELEMENTS_ON_CPU, 1) if device.type == "cpu" else (_CHUNK_ELEMENTS, _TILE_ROWS)
+        chunk_rows = max(elements // shard.width // tile, 1) * tile
+    return list(_slices(0, num_rows, chunk_rows))
 
 
 def row_blocks(num_rows: int, shard: VocabShard, device: torch.device) -> list[slice]:

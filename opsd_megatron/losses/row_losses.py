@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
 import torch
 from torch import Tensor
@@ -156,7 +154,7 @@ class TargetLoss:
         """Maximum, log of the sum and the target's log-probability of the whole rows, from ``[ranks, 4, r]``."""
         maximum = pieces[:, 0].amax(0)
         shift = pieces[:, 0] - maximum
-        total = reduce(add, (pieces[:, 1] * (shift / self.temperature).exp()).unbind())
+        total = (pieces[:, 1] * (shift / self.temperature).exp()).sum(0)
         target = torch.where(pieces[:, 3] > 0, pieces[:, 2] + shift, 0).sum(0)
         return maximum, total.log(), target / self.temperature - total.log()
 

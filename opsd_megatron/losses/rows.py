@@ -152,7 +152,7 @@ def divergence_rows(
         sizes.append(local[-1].shape[1])
     gathering = shard.start_gather(_side_by_side(local))
     yield
-    statistics = merge(gathering.wait().unbind(), spec.temperature)
+    statistics = merge(gathering.wait(), spec.temperature)
     norms = torch.split(normaliser(statistics), sizes, dim=1)
     summing = shard.start_sum(_side_by_side([block.sums(norm) for block, norm in zip(blocks, norms, strict=True)]))
     yield

@@ -7,10 +7,6 @@ all-gather does for the maxima and the sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from operator import add
-
 import torch
 from torch import Tensor
 
@@ -24,33 +20,47 @@ STUDENT_SUM_AT_1, TEACHER_SUM_AT_1 = 5, 6
 STUDENT_TARGET, TEACHER_TARGET, HELD = 7, 8, 9
 ROWS = 10
 
-_MAXIMA, _SUMS, _SUMS_AT_1 = (slice(0, 4, 2), slice(1, 4, 2), slice(5, 7))
 _TARGETS = slice(7, 9)
 
 
-def merge(pieces: Sequence[Tensor], temperature: float) -> Tensor:
-    """The statistics of all ``pieces`` together; each, and the result, is ``[ROWS, r]``."""
+def merge(pieces: Tensor, temperature: float) -> Tensor:
+    """The statistics of all pieces together, ``[n, ROWS, r] -> [ROWS, r]``."""
     if len(pieces) == 1:
         return pieces[0]
-    maxima = reduce(torch.maximum, [piece[_MAXIMA] for piece in pieces])
-    shifts = [piece[_MAXIMA] - maxima for piece in pieces]
-    merged = torch.empty_like(pieces[0])
-    merged[_MAXIMA] = maxima
-    # Added one after another: torch.sum may add two places of one tensor in different orders, and sides with equal
-    # logits must get equal sums.
-    scaled = [piece[_SUMS] * (shift / temperature).exp() for piece, shift in zip(pieces, shifts, strict=True)]
-    merged[_SUMS] = reduce(add, scaled)
-    scaled = [piece[_SUMS_AT_1] * shift.exp() for piece, shift in zip(pieces, shifts, strict=True)]
-    merged[_SUMS_AT_1] = reduce(add, scaled)
-    agree = [piece[AGREE] * (shift == 0).all(0) for piece, shift in zip(pieces, shifts, strict=True)]
-    merged[AGREE] = reduce(torch.maximum, agree)
+    student_max, student_shift = _maximum(pieces[:, STUDENT_MAX])
+    teacher_max, teacher_shift = _maximum(pieces[:, TEACHER_MAX])
+    attained = (student_shift == 0) & (teacher_shift == 0)
     # Where a target is not held the shift may be -inf, which no product with 0 takes away.
-    targets = [
-        torch.where(piece[HELD] > 0, piece[_TARGETS] + shift, 0) for piece, shift in zip(pieces, shifts, strict=True)
-    ]
-    merged[_TARGETS] = reduce(add, targets)
-    merged[HELD] = reduce(add, [piece[HELD] for piece in pieces])
-    return merged
+    shifts = torch.stack([student_shift, teacher_shift], dim=1)
+    targets = torch.where(pieces[:, HELD].unsqueeze(1) > 0, pieces[:, _TARGETS] + shifts, 0).sum(0)
+    return torch.stack(
+        [
+            student_max,
+            _total(pieces[:, STUDENT_SUM], student_shift / temperature),
+            teacher_max,
+            _total(pieces[:, TEACHER_SUM], teacher_shift / temperature),
+            (pieces[:, AGREE] * attained).amax(0),
+            _total(pieces[:, STUDENT_SUM_AT_1], student_shift),
+            _total(pieces[:, TEACHER_SUM_AT_1], teacher_shift),
+            *targets,
+            pieces[:, HELD].sum(0),
+        ]
+    )
+
+
+def _maximum(maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of all pieces, ``[n, r] -> [r]``, and how far each piece's is below it."""
+    largest = maxima.amax(0)
+    return largest, maxima - largest
+
+
+def _total(sums: Tensor, shifts: Tensor) -> Tensor:
+    """Sums of exponentials brought to one maximum and added up, ``[n, r] x2 -> [r]``.
+
+    A tensor of its own for each side: within one, two places may be added up in different orders, and sides with equal
+    logits must get equal sums.
+    """
+    return (sums * shifts.exp()).sum(0)
 
 
 def normaliser(statistics: Tensor) -> Tensor:
@@ -65,4 +75,4 @@ def normaliser(statistics: Tensor) -> Tensor:
 
 def target_log_probs(statistics: Tensor) -> Tensor:
     """Log-probability of the target at temperature 1, student's and teacher's, ``[2, r]``."""
-    return statistics[_TARGETS] - statistics[_SUMS_AT_1].log()
+    return statistics[_TARGETS] - statistics[STUDENT_SUM_AT_1 : TEACHER_SUM_AT_1 + 1].log()

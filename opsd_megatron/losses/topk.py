@@ -76,7 +76,7 @@ def topk_rows(
     gathering = shard.start_gather(torch.cat([rows.statistics(), *candidates]))
     yield
     gathered = gathering.wait()
-    statistics = merge(gathered[:, :ROWS].unbind(), spec.temperature)
+    statistics = merge(gathered[:, :ROWS], spec.temperature)
     ids = _best(gathered[:, ROWS : ROWS + k], gathered[:, ROWS + k :])
     sums = rows.sums(normaliser(statistics))  # leaves log-probabilities
     picked = [shard.pick(side, ids)[0].t() for side in (student, teacher)]

@@ -34,7 +34,7 @@ class TritonRows:
         """This piece's :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``."""
         temperature = self._spec.temperature
         pieces = row_statistics(self._student, self._teacher, temperature=temperature, local_targets=self._targets)
-        return merge(pieces.unbind(), temperature)
+        return merge(pieces, temperature)
 
     def sums(self, normaliser: Tensor) -> Tensor:
         """This piece's share of the row sums, ``[9, r]``."""

@@ -58,6 +58,12 @@ def test_equal_sides_give_exact_zeros(beta: float, mode: str) -> None:
     assert not actual.slope.any()
 
 
+@pytest.mark.parametrize("beta", [1e-9, 1 - 1e-9, -0.1, 1.1, math.nan])
+def test_a_beta_that_means_nothing_is_refused(beta: float) -> None:
+    with pytest.raises(ValueError, match=f"beta={beta}"):
+        DivergenceSpec(beta)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_entries_of_probability_zero(beta: float) -> None:
     """0 log 0 is 0; an entry only one side can take is finite, and in the mixture it has its true value."""
