@@ -211,6 +211,14 @@ def _check_experts(spec: Qwen3Spec, config: Config) -> None:
             f"a model with experts and parallel.tensor={parallel.tensor} needs parallel.sequence=true: Megatron-Core "
             "routes each token from the one rank that holds its part of the sequence"
         )
+    stages = stage_layers(spec.num_layers, pp=parallel.pipeline, vpp=parallel.virtual_stages)
+    for stage, chunks in enumerate(stages):
+        if parallel.distributed_optimizer and not any(spec.experts_in(layer) for layers in chunks for layer in layers):
+            raise ConfigError(
+                f"parallel.pipeline={parallel.pipeline} leaves rank {stage} of the pipeline no layer with experts, "
+                "which Megatron-Core's distributed optimizer cannot save; use fewer stages or "
+                "parallel.distributed_optimizer=false"
+            )
 
 
 def _check_engine(spec: Qwen3Spec, config: Config) -> None:

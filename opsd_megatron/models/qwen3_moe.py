@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.backends import Backend
@@ -72,6 +72,14 @@ class Qwen3MoeSpec(Qwen3Spec):
             "dense_layers": tuple(config.get("mlp_only_layers", ())),
         }
         return super().values(config) | own
+
+    @classmethod
+    def read(cls, config: ConfigFile) -> Self:
+        """See :meth:`Qwen3Spec.read`."""
+        spec = super().read(config)
+        if not spec.num_experts:
+            config.fail("mlp_only_layers and decoder_sparse_step leave no layer with experts")
+        return spec
 
     def experts_in(self, layer: int) -> int:
         """See :meth:`Qwen3Spec.experts_in`."""

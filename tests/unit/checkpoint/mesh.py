@@ -34,6 +34,8 @@ class Mesh:
     vpp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int | None = None
+    sequence: bool = False
     sharded_optimizer: bool = True
     dtype: str = "float32"
 
@@ -43,7 +45,8 @@ class Mesh:
         config.parallel.pipeline = self.pp
         config.parallel.virtual_stages = self.vpp
         config.parallel.context = self.cp
-        config.parallel.expert = self.ep
+        config.parallel.expert, config.parallel.expert_tensor = self.ep, self.etp
+        config.parallel.sequence = self.sequence
         config.parallel.distributed_optimizer = self.sharded_optimizer
         config.model.dtype = self.dtype
         config.model.backend = "torch"
@@ -90,7 +93,8 @@ class Run:
 
 
 def _fake_gradient(parameter: torch.nn.Parameter, place: Placement, step: int, run: Run) -> None:
-    shard = run.dims.tp_rank if getattr(parameter, "tensor_model_parallel", False) else 0
+    rank = run.dims.tp_rank if place.expert is None else run.dims.etp_rank
+    shard = rank if getattr(parameter, "tensor_model_parallel", False) else 0
     generator = torch.Generator().manual_seed(zlib.crc32(f"{place.hf_names} {step} {shard}".encode()))
     parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
 

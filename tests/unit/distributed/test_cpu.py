@@ -70,3 +70,25 @@ def test_a_cuda_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     install_cpu_stand_ins()
     assert before == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.cuda, torch.Tensor.type)
     assert torch._C._len_torch_function_stack() == depth
+
+
+def test_unequal_parts_are_gathered_and_reduced() -> None:
+    """Three rows of rank 0 and one of rank 1; each rank's rows are then summed over both, times rank + 1."""
+    for gathered, reduced in run_distributed(_unequal_parts, 2):
+        assert gathered == [[0.0], [0.0], [0.0], [10.0]]
+        assert reduced in ([[0.0]] * 3, [[30.0]])
+
+
+def _unequal_parts() -> tuple[list[list[float]], list[list[float]]]:
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    from opsd_megatron.distributed.cpu import install_cpu_stand_ins
+
+    install_cpu_stand_ins()
+    rank, group = dist.get_rank(), dist.group.WORLD
+    own = torch.full((3 - 2 * rank, 1), 10.0 * rank)
+    gathered = mappings._gather_along_first_dim(own, group, [3, 1])
+    reduced = mappings._reduce_scatter_along_first_dim(gathered * (rank + 1), group, [3, 1])
+    assert len(reduced) == len(own)
+    return gathered.tolist(), reduced.tolist()

@@ -44,6 +44,27 @@ def _coordinates(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
+def test_experts_are_laid_out_within_a_stage() -> None:
+    """tp 2 with dp 2: experts whole over all four ranks, or halves of experts over two pairs."""
+    whole, halves = zip(*run_distributed(_expert_coordinates, 4), strict=True)
+    assert list(whole) == [(4, rank, 1, 0, [0, 1, 2, 3]) for rank in range(4)]
+    assert list(halves) == [(2, rank // 2, 2, rank % 2, [0, 1, 2, 3]) for rank in range(4)]
+
+
+def _expert_coordinates() -> list[Any]:
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    found = []
+    for expert, expert_tensor in ((4, 1), (2, None)):
+        dims = ParallelDims.initialize(
+            ParallelConfig(tensor=2, sequence=True, expert=expert, expert_tensor=expert_tensor)
+        )
+        group = dist.get_process_group_ranks(dims.expert_group)
+        found.append((dims.ep, dims.ep_rank, dims.etp, dims.etp_rank, group))
+        dims.destroy()
+    return found
+
+
 def test_two_ranks_rebuild_seed_and_communicate() -> None:
     """One launch of two ranks for what needs no more: data parallelism, another mesh, seeds, object collectives."""
     run_distributed(_two_ranks, 2)

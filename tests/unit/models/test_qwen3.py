@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,8 @@ from opsd_megatron.config import Config
 from opsd_megatron.errors import ConfigError, ModelError
 from opsd_megatron.models.families import read_spec, resolve_model_path
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
+from tests.unit.models.published import DENSE, write_config
 
-# Qwen/Qwen3-0.6B as published, before transformers 5.
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 28,
-    "model_type": "qwen3",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 SPEC = Qwen3Spec(
     num_layers=28,
     hidden_size=1024,
@@ -52,9 +27,7 @@ SPEC = Qwen3Spec(
 
 
 def write(directory: Path, **changes: object) -> Path:
-    raw = {key: value for key, value in (PUBLISHED | changes).items() if value is not ...}
-    (directory / "config.json").write_text(json.dumps(raw))
-    return directory
+    return write_config(directory, DENSE, **changes)
 
 
 def test_published_config(tmp_path: Path) -> None:
@@ -67,18 +40,9 @@ def test_config_as_transformers_5_writes_it(tmp_path: Path) -> None:
     assert read_spec(tmp_path) == SPEC
 
 
-def test_config_written_by_the_installed_transformers(tmp_path: Path) -> None:
-    from transformers import Qwen3Config
-
-    Qwen3Config(**PUBLISHED).save_pretrained(tmp_path)
-    assert read_spec(tmp_path) == SPEC
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"model_type": ...}, "model_type is None"),
         ({"head_dim": ...}, "head_dim is missing"),
         ({"num_hidden_layers": ...}, "num_hidden_layers is missing"),
         ({"rope_theta": ...}, "rope_theta is missing"),
@@ -187,7 +151,9 @@ def test_meshes_that_fit(keys: dict[str, object]) -> None:
         ({"parallel__tensor": 3}, r"parallel.tensor=3 does not divide .* 16 attention heads; 1 or 2 or 4 or 8 would"),
         ({"parallel__pipeline": 29}, r"parallel.pipeline=29 makes more stages than the model has layers, 28; lower it"),
         ({"model__max_length": 40961}, r"model.max_length=40961 .* at most 40960"),
-        ({"rollout__tensor": 3}, r"rollout.tensor=3 does not fit"),
+        ({"rollout__tensor": 3}, r"rollout.tensor=3 does not fit .* 3072 FFN rows; 1 or 2 or 4 or 8 would"),
+        ({"parallel__expert": 2}, r"parallel.expert=2 needs a model with experts, .* use parallel.expert=1"),
+        ({"parallel__expert_tensor": 2}, r"parallel.expert_tensor=2 needs a model with experts"),
     ],
 )
 def test_meshes_that_do_not_fit(keys: dict[str, object], message: str) -> None:
