@@ -502,6 +502,38 @@ def test_backward_twice_through_one_graph(uniform: bool) -> None:
             torch.testing.assert_close(one, 3 * other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_head_gradient_lands_in_main_grad(uniform: bool, tied: bool) -> None:
+    """Megatron-Core's contract: summed there in float32 over micro-batches, and autograd's own left alone.
+
+    A head tied to the embedding of its stage gets nothing from this loss through autograd, which is then free to bring
+    the embedding's gradient.
+    """
+    weight = Problem.draw(1000, torch.bfloat16, padding=24).student_weight.requires_grad_()
+    weight.main_grad = torch.ones(1024, HIDDEN)  # type: ignore[attr-defined]
+    if tied:
+        weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+    expected = torch.ones(1024, HIDDEN, dtype=torch.float64)
+    for micro_batch in range(3):
+        problem = Problem.draw(1000, torch.bfloat16, padding=24, seed=micro_batch)
+        problem.student_weight = weight.detach()
+        hidden, head, student, teacher = problem.logits()
+        loss = linear_divergence(
+            problem.student_hidden, weight, problem.teacher_hidden, problem.teacher_weight, beta=0.5, vocab_size=1000
+        )
+        problem.upstream = torch.full_like(problem.upstream, 0.3) if uniform else problem.upstream
+        loss.backward(problem.upstream.float())
+        expected += problem.gradients(dense_divergence(student, teacher, Case(0.5)), hidden, head)[1]
+        if tied:
+            assert weight.grad is None
+            assert not hasattr(weight, "grad_added_to_main_grad")
+        else:
+            assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+            weight.grad = None
+    assert worst(weight.main_grad, expected) < 1e-6  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("case", [Case(0.0, 0.7, 0.05, "bregman"), Case(0.5, 1.0, 0.05), Case(1.0, 1.1, 0.05, "token")])
 def test_no_tensor_is_larger_than_a_chunk(case: Case) -> None:
     rows, vocab, hidden_size, chunk_rows = 64, 1000, 4, 5
