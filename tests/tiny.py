@@ -149,6 +149,7 @@ def make_tiny_qwen3_moe(
     dense_layers: tuple[int, ...] = (),
     vocab_size: int = 272,
     rope: dict[str, object] | None = None,
+    seed: int = 0,
     max_shard_size: str = "5GB",
     with_tokenizer: bool = True,
 ) -> Path:
@@ -178,7 +179,9 @@ def make_tiny_qwen3_moe(
         tie_word_embeddings=False,
         **_common(vocab_size, rope, torch.float32, with_tokenizer),
     )
-    return _save(Path(path), config, Qwen3MoeForCausalLM, with_tokenizer=with_tokenizer, max_shard_size=max_shard_size)
+    return _save(
+        Path(path), config, Qwen3MoeForCausalLM, with_tokenizer=with_tokenizer, max_shard_size=max_shard_size, seed=seed
+    )
 
 
 def _save_tokenizer(path: Path, vocab_size: int) -> None:

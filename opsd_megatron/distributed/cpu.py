@@ -42,19 +42,25 @@ def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Stream:
-    """Orders nothing: work on the CPU is done when its call returns. Also an event, and the context of a stream."""
+    """A stream, an event, and the context of a stream: orders nothing, as CPU work is done when its call returns."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
 
     def __enter__(self) -> None:
-        return None
+        pass
 
     def __exit__(self, *args: object) -> None:
-        return None
+        pass
 
     def record_event(self) -> _Stream:
         return self
 
+    def wait_stream(self, stream: object) -> None:
+        pass
+
     def synchronize(self) -> None:
-        return None
+        pass
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -128,13 +134,10 @@ def install_cpu_stand_ins() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    # transformer/moe/token_dispatcher.py:427,869-895 copies counts to the host on a stream of its own (the comparison
-    # with the current stream, :871, must find it current), and leaves split sizes as tensors where they are there
-    # already, which gloo's all-to-all does not take.
-    stream = _Stream()
-    torch.cuda.Stream = lambda *args, **kwargs: stream  # type: ignore[assignment, misc]
-    torch.cuda.current_stream = lambda *args, **kwargs: stream  # type: ignore[assignment, return-value]
-    torch.cuda.stream = lambda *args, **kwargs: stream  # type: ignore[assignment, return-value]
+    # transformer/moe/token_dispatcher.py:427,869-895 copies counts to the host on a stream of its own, and leaves split
+    # sizes as tensors where they are there already, which gloo's all-to-all does not take.
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = torch.cuda.stream = _Stream  # type: ignore[assignment]
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 

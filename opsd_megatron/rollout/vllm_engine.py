@@ -190,6 +190,8 @@ class VllmEngine:
         self._has_weights = False  # should this fail half-way, the engine holds a mixture
         self._wake({"weights"})
         with torch.no_grad(), random_state_kept():
+            if not torch.cuda.is_available():
+                self._running.apply_model(_forget_expert_kernels)
             self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not torch.cuda.is_available():
                 self._running.apply_model(_repack_tied_head)
@@ -377,6 +379,19 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
     head: Any = model.get_submodule("lm_head")
     if head.weight is model.get_submodule("model.embed_tokens").weight:
         head.quant_method.process_weights_after_loading(head)
+
+
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Make vLLM's CPU build pack the weights of experts again in a reload.
+
+    It pads and packs them while it makes the layer's kernel, which it does once (0.32: ``_setup_kernel`` in
+    ``unquantized_fused_moe_method.py``). A reload would leave them as they come: an error where padding changes their
+    shape, and nonsense, read as packed weights, where it does not.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _raise_on_every_rank(problem: str | None, cause: Exception | None) -> None:

@@ -39,6 +39,7 @@ def _cuda_requests_land_on_the_cpu() -> None:
     x = torch.zeros(2)
     assert x.cuda() is x
     torch.cuda.synchronize()
+    assert isinstance(torch.cuda.current_stream(), torch.cuda.Stream)  # other libraries annotate with the type
 
 
 def _tensor_types_read_as_cuda_and_still_convert() -> None:
