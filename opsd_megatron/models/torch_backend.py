@@ -1,14 +1,14 @@
 """The modules of the ``torch`` backend: what Transformer Engine provides elsewhere, written in plain PyTorch.
 
-They run on CPU and on CUDA. Attention runs one call for each packed sequence, which is exact everywhere but slower on
-CUDA than a kernel that takes all of them at once; Transformer Engine has one.
+They run on CPU and on CUDA. Attention runs one call for each packed sequence, which is exact everywhere; on CUDA in
+bf16 PyTorch's flash attention takes all of them at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from opsd_megatron.data.context import context_indices
 
@@ -54,8 +55,25 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class _Piece(NamedTuple):
+    """Consecutive queries of one sequence.
+
+    Attributes:
+        start: Where the sequence starts among the keys.
+        visible: How many of its keys the last query sees.
+        queries: How many queries there are; they come after those of the piece before.
+    """
+
+    start: int
+    visible: int
+    queries: int
+
+
 class PackedAttention(torch.nn.Module):
-    """Causal attention within each of the packed sequences, through PyTorch's scaled-dot-product attention.
+    """Causal attention within each of the packed sequences.
+
+    Through PyTorch's variable-length flash attention where that exists, on CUDA in bf16, and its
+    scaled-dot-product attention, sequence by sequence, elsewhere.
 
     Under context parallelism a rank's queries see keys and values gathered from all ranks of the group; in backward
     their gradients are summed and scattered back.
@@ -92,38 +110,20 @@ class PackedAttention(torch.nn.Module):
         cu_seqlens = packed_seq_params.cu_seqlens_q
         if self.cp_group.size() > 1:
             key, value = self._gather(key, value, cu_seqlens)
-        # [T, n, d] -> [1, n, T, d], as scaled_dot_product_attention wants it.
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        attended = []
-        first = 0
-        for start, visible, queries in self._pieces(cu_seqlens.tolist()):
-            seen = slice(start, start + visible)
-            attended.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, first : first + queries],
-                    key[:, :, seen],
-                    value[:, :, seen],
-                    attn_mask=None if queries == visible else _lower_right(queries, visible, query.device),
-                    is_causal=queries == visible,
-                    enable_gqa=True,
-                )
-            )
-            first += queries
-        return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+        pieces = list(self._pieces(cu_seqlens.tolist()))
+        fused = query.is_cuda and query.dtype == torch.bfloat16
+        return (_attend_together if fused else _attend_one_by_one)(query, key, value, pieces).flatten(1)
 
-    def _pieces(self, bounds: list[int]) -> Iterator[tuple[int, int, int]]:
-        """Consecutive queries of this rank: where their sequence starts, how many keys the last one sees, their number.
-
-        Whole sequences, or under context parallelism two chunks of each (``data.context``).
-        """
+    def _pieces(self, bounds: list[int]) -> Iterator[_Piece]:
+        """Whole sequences, or under context parallelism two chunks of each (``data.context``)."""
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         for start, end in pairwise(bounds):
             if cp == 1:
-                yield start, end - start, end - start
+                yield _Piece(start, end - start, end - start)
             else:
                 chunk = (end - start) // (2 * cp)
-                yield start, chunk * (rank + 1), chunk
-                yield start, chunk * (2 * cp - rank), chunk
+                yield _Piece(start, chunk * (rank + 1), chunk)
+                yield _Piece(start, chunk * (2 * cp - rank), chunk)
 
     def _gather(self, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequences, ``[T, kv_heads/tp, head_dim]`` each, in one collective."""
@@ -134,6 +134,54 @@ class PackedAttention(torch.nn.Module):
         held = torch.cat([context_indices(cu_seqlens, cp=cp, rank=rank) for rank in range(cp)])
         key, value = both.index_select(0, held.argsort()).unbind(1)
         return key, value
+
+
+def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+    """``[T, heads, head_dim]`` through one call for each piece."""
+    # [T, n, d] -> [1, n, T, d], as scaled_dot_product_attention wants it.
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    attended = []
+    first = 0
+    for piece in pieces:
+        seen = slice(piece.start, piece.start + piece.visible)
+        whole = piece.queries == piece.visible
+        attended.append(
+            F.scaled_dot_product_attention(
+                query[:, :, first : first + piece.queries],
+                key[:, :, seen],
+                value[:, :, seen],
+                attn_mask=None if whole else _lower_right(piece.queries, piece.visible, query.device),
+                is_causal=whole,
+                enable_gqa=True,
+            )
+        )
+        first += piece.queries
+    return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _attend_together(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+    """``[T, heads, head_dim]`` through one call for all pieces; CUDA only."""
+    if any(piece.queries != piece.visible for piece in pieces):
+        # The kernel wants each piece's keys after the previous one's; two pieces of a sequence share some.
+        seen = torch.cat([torch.arange(piece.start, piece.start + piece.visible) for piece in pieces]).to(key.device)
+        key, value = key.index_select(0, seen), value.index_select(0, seen)
+    queries, visible = [piece.queries for piece in pieces], [piece.visible for piece in pieces]
+    query_bounds, key_bounds = (
+        torch.tensor([0, *sizes]).cumsum(0).to(query.device, torch.int32) for sizes in (queries, visible)
+    )
+    # A window of everything before and nothing after is causal, the last query seeing the last key.
+    attended = varlen_attn(
+        query,
+        key,
+        value,
+        query_bounds,
+        key_bounds,
+        max(queries),
+        max(visible),
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    return cast(Tensor, attended)
 
 
 def _lower_right(queries: int, visible: int, device: torch.device) -> Tensor:

@@ -30,6 +30,31 @@ def positions(lengths: list[int], cp: int, rank: int) -> Tensor:
     return context_indices(torch.tensor([0, *lengths]).cumsum(0), cp=cp, rank=rank)
 
 
+@pytest.mark.parametrize("cp", [1, 2])
+def test_what_the_fused_kernel_is_called_with(cp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA all pieces go through one call. Here a stand-in for it does what PyTorch documents."""
+    from opsd_megatron.models import torch_backend
+    from opsd_megatron.models.torch_backend import _attend_one_by_one, _attend_together, _Piece
+
+    def documented(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: object
+    ) -> Tensor:
+        assert options == {"window_size": (-1, 0), "enable_gqa": True}
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        assert len(query) == cu_q[-1] and len(key) == len(value) == cu_k[-1]
+        starts, sizes = cu_k[:-1].tolist(), zip(cu_k.diff().tolist(), cu_q.diff().tolist(), strict=True)
+        pieces = [_Piece(start, visible, queries) for start, (visible, queries) in zip(starts, sizes, strict=True)]
+        return _attend_one_by_one(query, key, value, pieces)
+
+    monkeypatch.setattr(torch_backend, "varlen_attn", documented)
+    pieces = [_Piece(0, 8, 8), _Piece(8, 4, 4)] if cp == 1 else [_Piece(0, 2, 2), _Piece(0, 8, 2), _Piece(8, 4, 1)]
+    rows = sum(piece.queries for piece in pieces)
+    sizes = ((rows, HEADS), (12, KV_HEADS), (12, KV_HEADS))
+    tensors = [torch.randn(tokens, heads, HEAD_DIM, dtype=torch.float64) for tokens, heads in sizes]
+    assert torch.equal(_attend_together(*tensors, pieces), _attend_one_by_one(*tensors, pieces))
+
+
 def attend(cp: int, lengths: list[int]) -> list[Tensor]:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
