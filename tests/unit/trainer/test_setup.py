@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opsd_megatron.errors import CheckpointError, ConfigError, DataError, ModelError, OpsdError
-from opsd_megatron.train import compose_config
+from opsd_megatron.train import compose_config, run
 from opsd_megatron.trainer.setup import _set_aside_later, check_inputs
 from tests.functional.runs import SmallRun, make_small_run
 from tests.tiny import make_tiny_qwen3
@@ -73,6 +73,13 @@ def test_wrong_data(small: SmallRun, tmp_path: Path, content: str, message: str)
     data.write_text(content)
     with pytest.raises(DataError, match=message):
         check(small, tmp_path / "run", data__train=data)
+
+
+def test_a_check_tells_which_rank_gets_how_many_layers(
+    small: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(["--check", "3", *small.overrides(tmp_path / "run", steps=1, parallel__pipeline=3)])
+    assert capsys.readouterr().out == "valid for 3 processes\nlayers of each pipeline rank: 2, 1, 1\n"
 
 
 def test_wrong_models(small: SmallRun, tmp_path: Path) -> None:
