@@ -35,7 +35,8 @@ HF_FOLDER = "hf"
 _TRAINER_FILE = "trainer.json"
 _FORMAT = 2
 _STEP_NAME = re.compile(r"step_(\d+)")
-# What decides the tensors' names and shapes, as Qwen3Spec and as config.json call it.
+# What decides the tensors' names and shapes, as the model's spec and as config.json call it. The last ones only models
+# with experts have.
 _SHAPE_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -45,6 +46,10 @@ _SHAPE_KEYS = {
     "head_dim": "head_dim",
     "vocab_size": "vocab_size",
     "tied": "tie_word_embeddings",
+    "experts": "num_experts",
+    "expert_ffn_size": "moe_intermediate_size",
+    "sparse_step": "decoder_sparse_step",
+    "dense_layers": "mlp_only_layers",
 }
 
 _logger = logging.getLogger(__name__)
@@ -238,9 +243,9 @@ def check_checkpoint(directory: str | Path, spec: Qwen3Spec) -> None:
     """
     theirs = read_spec(hf_folder(directory))
     different = [
-        f"{key} is {getattr(theirs, name)} there, {getattr(spec, name)} here"
+        f"{key} is {getattr(theirs, name, None)} there, {getattr(spec, name, None)} here"
         for name, key in _SHAPE_KEYS.items()
-        if getattr(theirs, name) != getattr(spec, name)
+        if getattr(theirs, name, None) != getattr(spec, name, None)
     ]
     if different:
         raise CheckpointError(
@@ -423,4 +428,6 @@ def _mesh(model: Sequence[nn.Module]) -> dict[str, int]:
         "pipeline": groups.pp.size(),
         "data": groups.dp.size(),
         "context": groups.cp.size(),
+        "expert": groups.ep.size(),
+        "expert_tensor": groups.expt_tp.size(),
     }

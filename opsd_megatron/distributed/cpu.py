@@ -22,7 +22,8 @@ class _CudaLiteralsToCpu(TorchFunctionMode):
     Needed by literal ``device="cuda"`` arguments: ``pipeline_parallel/schedules.py:596,2138`` (token counts),
     ``optimizer/optimizer.py:473,481,485,907``, ``optimizer/clip_grads.py:90,103,115,174,207`` and ``utils.py:1207``
     (norms and overflow flags), ``dist_checkpointing/exchange_utils.py:98-110,326`` and
-    ``dist_checkpointing/strategies/state_dict_saver.py:204`` (parallel save and load).
+    ``dist_checkpointing/strategies/state_dict_saver.py:204`` (parallel save and load). Pins no memory either, which
+    ``models/common/embeddings/rope_utils.py:62`` asks for under context parallelism.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,6 +31,8 @@ class _CudaLiteralsToCpu(TorchFunctionMode):
         device = kwargs.get("device")
         if device is not None and str(device).startswith("cuda"):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
@@ -41,31 +44,13 @@ def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
 
 
-class _Stream:
-    """A stream, an event, and the context of a stream: orders nothing, as CPU work is done when its call returns."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *args: object) -> None:
-        pass
-
-    def record_event(self) -> _Stream:
-        return self
-
-    def wait_stream(self, stream: object) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """``maybe_move_tensor_to_cpu`` for tensors that are there already: split sizes as the caller asks for them."""
-    return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
+def _splits_as_numpy(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """``MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize`` for counts that are on the host already."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            if isinstance(splits := getattr(dispatcher, name), Tensor):
+                setattr(dispatcher, name, splits.numpy())
+    return tokens_per_expert
 
 
 def _even_collectives(mappings: Any) -> None:
@@ -134,14 +119,14 @@ def install_cpu_stand_ins() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    # transformer/moe/token_dispatcher.py:427,869-895 copies counts to the host on a stream of its own, and leaves split
-    # sizes as tensors where they are there already, which gloo's all-to-all does not take.
-    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
-    torch.cuda.current_stream = torch.cuda.stream = _Stream  # type: ignore[assignment]
+    # transformer/moe/token_dispatcher.py:427,869-899 copies counts to the host on a stream of its own, and leaves split
+    # sizes as tensors where they are there already, which gloo's all-to-all does not take. Not torch's streams but the
+    # method is replaced: vLLM puts placeholders of its own in their place when it is imported.
     import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_as_numpy
 
     # The dispatcher gathers over expert-tensor-parallel ranks what expert-parallel ones sent them, in unequal parts
     # (:694-700,747).

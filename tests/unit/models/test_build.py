@@ -11,7 +11,7 @@ from opsd_megatron.config import Config
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.models.backends import choose_backend
 from tests.distributed import run_distributed
-from tests.tiny import make_tiny_qwen3
+from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -81,6 +81,36 @@ def _stage(path: Path) -> None:
     exported = list(export_hf_weights(chunks, spec, dims))
     assert sorted(name for name, _ in exported) == reader.names()
     assert all(torch.equal(tensor, reader.get(name).bfloat16()) for name, tensor in exported)
+
+
+def test_a_rank_reads_no_other_rank_s_experts(tmp_path: Path) -> None:
+    path = make_tiny_qwen3_moe(tmp_path, num_layers=2, experts=4)
+    for rank, names in enumerate(run_distributed(_read_experts, 2, path)):
+        own = {f"model.layers.{layer}.mlp.experts.{2 * rank + e}." for layer in range(2) for e in range(2)}
+        assert {name[: name.index("experts.") + 10] for name in names if ".experts." in name} == own
+        assert sum("self_attn" in name for name in names) == 12
+
+
+def _read_experts(path: Path) -> list[str]:
+    from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.models.build import build_model
+    from opsd_megatron.models.families import read_spec
+    from opsd_megatron.models.weight_map import load_hf_weights
+
+    names = []
+
+    class Reader(SafetensorsReader):
+        def get(self, name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+            names.append(name)
+            return super().get(name, *args, **kwargs)
+
+    config = Config()
+    config.parallel.expert = 2
+    dims = ParallelDims.initialize(config.parallel)
+    spec = read_spec(path)
+    load_hf_weights(build_model(spec, config, dims), spec, Reader(path), dims)
+    return names
 
 
 def _check_marks(parameters: dict[str, Any], dims: Any) -> None:
