@@ -133,6 +133,20 @@ def placed_parameters(
             yield find_placement(name, spec, layers.start, first_expert), parameter
 
 
+def missing_parameters(chunks: Sequence[torch.nn.Module], spec: Qwen3Spec, dims: ParallelDims) -> list[Placement]:
+    """What of the whole model this rank should hold and does not; see :func:`placed_parameters`."""
+    layers = {layer for run in stage_layers(spec.num_layers, pp=dims.pp, vpp=dims.vpp)[dims.pp_rank] for layer in run}
+    outside = {EMBEDDING: dims.is_first_stage, FINAL_NORM: dims.is_last_stage, HEAD: dims.is_last_stage}
+    held = {place for place, _ in placed_parameters(chunks, spec, dims)}
+    return [
+        place
+        for place in placements(spec)
+        if (outside[place.rule] if place.layer is None else place.layer in layers)
+        and (place.expert is None or place.expert in local_experts(spec, dims))
+        and place not in held
+    ]
+
+
 def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor the model has, in Hugging Face order."""
     return {name: spec.tensor_shape(name) for place in placements(spec) for name in place.hf_names}
@@ -219,12 +233,43 @@ def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list
     if kind == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
-    full = torch.cat(shards)
     if kind == "vocab":
-        return [full[: spec.vocab_size]]
-    grouped = full.view(spec.num_kv_heads, -1, spec.hidden_size)
+        return [torch.cat(shards)[: spec.vocab_size]]
+    blocks = [_by_head(spec, shard) for shard in shards]
+    return [torch.cat([block[i] for block in blocks]).flatten(0, 1) for i in range(3)]
+
+
+def _by_head(spec: Qwen3Spec, shard: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value rows of a ``linear_qkv`` shard, each ``[kv heads, rows a head, H]``; views."""
     queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
-    return [part.flatten(0, 1) for part in grouped.split([queries, spec.head_dim, spec.head_dim], dim=1)]
+    grouped = shard.view(-1, queries + 2 * spec.head_dim, spec.hidden_size)
+    return grouped.split([queries, spec.head_dim, spec.head_dim], dim=1)
+
+
+def spread_shard(
+    place: Placement, spec: Qwen3Spec, shard: Tensor, *, tp: int, tp_rank: int, mark_rest: bool = False
+) -> list[Tensor]:
+    """Full Hugging Face tensors of a parameter in which only one shard's rows or columns are filled in.
+
+    The rest is NaN with ``mark_rest`` and uninitialised memory without. At tp 1, the tensors themselves.
+    """
+    kind = place.rule.kind
+    if tp == 1 or kind == "whole":
+        return join_shards(place, spec, [shard])
+    own: Sequence[Tensor] = [shard]
+    if kind == "gate_up":
+        own = shard.chunk(2)
+    elif kind == "qkv":
+        own = [rows.flatten(0, 1) for rows in _by_head(spec, shard)]
+    shapes = [spec.tensor_shape(name) for name in place.hf_names]
+    full = [shard.new_full(shape, torch.nan) if mark_rest else shard.new_empty(shape) for shape in shapes]
+    for part, whole in zip(own, full, strict=True):
+        dim = 1 if kind == "columns" else 0
+        start = tp_rank * part.shape[dim]
+        size = min(part.shape[dim], whole.shape[dim] - start)  # without a vocabulary's padding
+        if size > 0:
+            whole.narrow(dim, start, size).copy_(part.narrow(dim, 0, size))
+    return full
 
 
 def shard_shape(place: Placement, spec: Qwen3Spec, tp: int) -> tuple[int, ...]:

@@ -21,13 +21,30 @@ class Sampling:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class ShardLayout:
+    """Which part of each full tensor a rank of an engine reads.
+
+    The ``tensor`` neighbouring ranks of a replica cut matrices as Megatron-Core's tensor parallelism does, in equal
+    runs of rows or columns in rank order; the vocabulary is padded to a multiple of ``vocab_multiple`` first.
+    """
+
+    tensor: int
+    vocab_multiple: int
+
+
 class RolloutEngine(Protocol):
     """An engine co-located with the trainer. Every method is collective.
 
     It samples only after the first :meth:`update_weights`, and only while it is awake.
 
     Ranks: every rank of the world calls every method, with equal arguments.
+
+    Attributes:
+        layout: Which part of a tensor this rank reads in :meth:`update_weights`; ``None`` where it reads all of it.
     """
+
+    layout: ShardLayout | None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
@@ -47,6 +64,8 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights by the full Hugging Face tensors that ``weights`` yields on every rank.
+
+        Of a tensor, only the part that ``layout`` gives to this rank need be filled in.
 
         Awake or asleep. An engine that slept holds memory for its weights afterwards: :meth:`sleep` again unless
         :meth:`wake_up` follows at once.

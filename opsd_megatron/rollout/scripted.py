@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from opsd_megatron.errors import EngineError
-from opsd_megatron.rollout.engine import Sampling
+from opsd_megatron.rollout.engine import Sampling, ShardLayout
 from opsd_megatron.types import FinishReason, Generation
 
 
@@ -32,6 +32,7 @@ class ScriptedEngine:
         Raises:
             EngineError: The file cannot be read, is empty, or a line is not as above; names the line.
         """
+        self.layout: ShardLayout | None = None
         self._script = Path(script)
         self._responses: dict[tuple[int, ...], list[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.collectives import broadcast_object, gather_objects
 from opsd_megatron.errors import EngineError
-from opsd_megatron.rollout.engine import Sampling
+from opsd_megatron.rollout.engine import Sampling, ShardLayout
 from opsd_megatron.rollout.process import (
     default_group_kept,
     prepare_environment,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 # choose by; on CUDA its own defaults for the device hold.
 _CPU_MAX_SEQUENCES = 256
 _CPU_MAX_BATCHED_TOKENS = 8192
+# What vLLM pads a vocabulary to before it cuts it (its DEFAULT_VOCAB_PADDING_SIZE).
+_VOCAB_MULTIPLE = 64
 # vLLM's names of what sleeps and wakes on its own.
 _SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 
@@ -60,9 +63,18 @@ class VllmEngine:
     """
 
     def __init__(
-        self, llm: LLM, stop_ids: Sequence[int], *, replicas: int, replica: int, max_length: int, can_sleep: bool
+        self,
+        llm: LLM,
+        stop_ids: Sequence[int],
+        *,
+        replicas: int,
+        replica: int,
+        max_length: int,
+        can_sleep: bool,
+        layout: ShardLayout | None = None,
     ) -> None:
         """Use :meth:`start`."""
+        self.layout = layout
         self._llm: LLM | None = llm
         self._stop_ids = list(stop_ids)
         self._replicas = replicas
@@ -113,6 +125,8 @@ class VllmEngine:
             replica=dist.get_rank() // tensor,
             max_length=max_length,
             can_sleep=torch.cuda.is_available(),
+            # Weights that are not quantized are cut by vLLM's loaders as they come: narrowed to this rank's run.
+            layout=ShardLayout(tensor, _VOCAB_MULTIPLE),
         )
 
     def generate(
@@ -367,6 +381,10 @@ def _generation(request: RequestOutput) -> Generation:
         raise EngineError(f"the rollout engine ended a response with {output.finish_reason!r}")
     tokens = tuple(output.token_ids)
     log_probs = tuple(float(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True))
+    if not all(map(math.isfinite, log_probs)):
+        raise EngineError(
+            "the rollout engine computed log-probs that are not finite: its weights or its cache are broken"
+        )
     return Generation(tokens, log_probs, reasons[output.finish_reason])
 
 

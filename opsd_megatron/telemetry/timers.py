@@ -18,10 +18,16 @@ class PhaseTimer:
 
     Attributes:
         seconds: Seconds by phase, in the order in which phases first ended.
+        bytes: Bytes moved by phase, of those phases that say so.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
+
+    def moved(self, phase: str, count: int) -> None:
+        """Charge ``count`` bytes to ``phase``."""
+        self.bytes[phase] = self.bytes.get(phase, 0) + count
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -38,7 +38,7 @@ class StepReporter:
         """Report an evaluation that belongs to no optimizer step (the one before the first)."""
         if self.writer is None or result is None:
             return
-        self.writer.write({"step": step, "eval": result, "seconds": timer.seconds})
+        self.writer.write({"step": step, "eval": result, "seconds": timer.seconds, **_sync_rate(timer)})
         self._show_evaluation(step, result)
 
     def step(
@@ -68,6 +68,7 @@ class StepReporter:
             "response_tokens_mean": result.rows / len(samples),
             "packed_tokens_per_second": packed / trained,
             "seconds": seconds,
+            **_sync_rate(timer),
             **memory_report(),
         }
         if rollouts:
@@ -132,6 +133,14 @@ class StepReporter:
                 f"step {step}: avg@{k} {100 * result['avg_at_k']:.1f}% (95% interval {100 * low:.1f} to "
                 f"{100 * high:.1f}), pass@{k} {100 * result['pass_at_k']:.1f}%, {result['num_problems']} problems"
             )
+
+
+def _sync_rate(timer: PhaseTimer) -> dict[str, float]:
+    """How much the engine got and how fast, where it got something."""
+    if "sync" not in timer.bytes:
+        return {}
+    moved = timer.bytes["sync"] / 1e9
+    return {"sync_gb": moved, "sync_gb_per_second": moved / timer.seconds["sync"]}
 
 
 def _summary(line: dict[str, Any]) -> str:

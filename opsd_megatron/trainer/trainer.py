@@ -174,7 +174,9 @@ class Trainer:
         if self.engine_version != self.completed:
             with timer("sync"):
                 # Asleep, the engine wakes for its weights only: its cache stays released while tensors stream in.
-                sync_weights(engine, self.trainable.modules, self.spec, self.dims)
+                first = self.engine_version < 0
+                moved = sync_weights(engine, self.trainable.modules, self.spec, self.dims, mark_rest=first)
+            timer.moved("sync", moved)
             self.engine_version = self.completed
 
     def _evaluate(self, step: int, timer: PhaseTimer) -> dict[str, Any] | None:

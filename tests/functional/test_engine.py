@@ -23,7 +23,7 @@ from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
-from tests.tiny import make_tiny_qwen3
+from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 MAX_LENGTH = 128
 NEW_TOKENS = 24
@@ -137,14 +137,56 @@ def observe_untied(model: Path, other: Path) -> list[Generation]:
     return answers
 
 
-def megatron_model(path: Path, dims: Any) -> tuple[Any, Any, Any]:
+# Engine size and the trainer's meshes of two ranks that it is synchronised from. Where tensor parallelism is the same,
+# vocabulary included (320 entries are a multiple of vLLM's 64), no tensor crosses a rank.
+SYNCS: dict[str, list[tuple[int, list[ParallelConfig]]]] = {
+    "dense": [
+        (1, [ParallelConfig(tensor=2)]),
+        (2, [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)]),
+    ],
+    "experts": [
+        (1, [ParallelConfig(expert=2)]),
+        (2, [ParallelConfig(tensor=2), ParallelConfig(tensor=2, expert=2, expert_tensor=1)]),
+    ],
+}
+
+
+def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[bool]]:
+    """Whether an engine samples from the trainer's weights, on any mesh, what it does from the same ones on disk.
+
+    Between the two it has other weights. The first sync of each engine marks what it must not read.
+    """
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.rollout.vllm_engine import VllmEngine
+    from opsd_megatron.rollout.weight_sync import sync_weights
+
+    equal: dict[str, list[bool]] = {}
+    for kind, (model, other) in models.items():
+        for tensor, meshes in SYNCS[kind]:
+            engine = VllmEngine.start(model, engine_config(model, tensor), max_length=MAX_LENGTH)
+            update_from(engine, model)
+            expected = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+            for number, parallel in enumerate(meshes):
+                update_from(engine, other)
+                changed = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS) != expected
+                dims = ParallelDims.initialize(parallel)
+                sync_weights(engine, *megatron_model(model, dims, parallel), mark_rest=number == 0)
+                synced = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+                dims.destroy()
+                equal.setdefault(f"{kind} {tensor}", []).append(changed and synced == expected)
+            engine.close()
+    return equal
+
+
+def megatron_model(path: Path, dims: Any, parallel: ParallelConfig | None = None) -> tuple[Any, Any, Any]:
     from opsd_megatron.checkpoint.hf_io import SafetensorsReader
     from opsd_megatron.models.build import build_model
     from opsd_megatron.models.families import read_spec
     from opsd_megatron.models.weight_map import load_hf_weights
 
     spec = read_spec(path)
-    config = Config(model=ModelConfig(path=str(path), dtype="float32"), parallel=ParallelConfig(tensor=dims.tp))
+    parallel = parallel or ParallelConfig(tensor=dims.tp)
+    config = Config(model=ModelConfig(path=str(path), dtype="float32"), parallel=parallel)
     model = build_model(spec, config, dims)
     load_hf_weights(model, spec, SafetensorsReader(path), dims)
     return model, spec, dims
@@ -167,7 +209,14 @@ def start_failures(model: Path, empty: Path) -> dict[str, str]:
     return messages
 
 
-def worker(bare: Path, model: Path, other: Path, untied: tuple[Path, Path], empty: Path) -> dict[Any, Any]:
+def worker(
+    bare: Path,
+    model: Path,
+    other: Path,
+    untied: tuple[Path, Path],
+    even: dict[str, tuple[Path, Path]],
+    empty: Path,
+) -> dict[Any, Any]:
     import torch.distributed as dist
 
     seen: dict[Any, Any] = {1: observe(bare, model, other, 1, None)}
@@ -180,6 +229,8 @@ def worker(bare: Path, model: Path, other: Path, untied: tuple[Path, Path], empt
     dist.all_reduce(total, group=dims.tp_group)
     seen["total"] = total.item()
     seen["untied"] = observe_untied(*untied)
+    dims.destroy()
+    seen["syncs"] = observe_syncs(even)
     seen["failures"] = start_failures(model, empty)
     return seen
 
@@ -204,8 +255,13 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     untied = tuple(make_tiny_qwen3(root / f"untied {seed}", num_layers=1, tied=False, seed=seed) for seed in (2, 3))
     # What a run that takes its weights from a checkpoint has of the model: everything but the safetensors.
     bare = Path(shutil.copytree(model, root / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    makers = {"dense": make_tiny_qwen3, "experts": make_tiny_qwen3_moe}
+    even = {
+        kind: tuple(make(root / f"{kind} {seed}", num_layers=2, vocab_size=320, seed=seed) for seed in (4, 5))
+        for kind, make in makers.items()
+    }
     (root / "empty").mkdir()
-    ranks = run_distributed(worker, 2, bare, model, other, untied, root / "empty", timeout=240)
+    ranks = run_distributed(worker, 2, bare, model, other, untied, even, root / "empty", timeout=300)
     return Outcome(model, other, untied[1], ranks)
 
 
@@ -297,6 +353,11 @@ def test_end_of_sequence_is_kept_and_ends_the_response(outcome: Outcome, tensor:
 
 def test_sync_from_megatron_restores_the_engine_bit_for_bit(outcome: Outcome) -> None:
     assert outcome.answers(2, "synced") == outcome.answers(2, "sampled")
+
+
+def test_sync_from_any_mesh_into_an_engine_of_either_size(outcome: Outcome) -> None:
+    expected = {f"{kind} {tensor}": [True] * len(meshes) for kind, sizes in SYNCS.items() for tensor, meshes in sizes}
+    assert [rank["syncs"] for rank in outcome.ranks] == [expected] * 2
 
 
 @both_sizes

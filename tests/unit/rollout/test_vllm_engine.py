@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
-from opsd_megatron.rollout.vllm_engine import VllmEngine, share, stop_token_ids
+from opsd_megatron.rollout.vllm_engine import VllmEngine, _generation, share, stop_token_ids
 from tests.tiny import make_tiny_qwen3
 
 
@@ -51,6 +52,13 @@ def test_no_stop_id_is_an_error(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json")
     with pytest.raises(EngineError, match="names no end-of-sequence token"):
         stop_token_ids(tmp_path)
+
+
+def test_log_probs_that_are_not_finite_are_errors() -> None:
+    for value in (float("nan"), float("-inf")):
+        output = SimpleNamespace(finish_reason="stop", token_ids=[3], logprobs=[{3: SimpleNamespace(logprob=value)}])
+        with pytest.raises(EngineError, match="log-probs that are not finite"):
+            _generation(SimpleNamespace(outputs=[output]))  # type: ignore[arg-type]
 
 
 class SleepingLlm:

@@ -37,6 +37,11 @@ def report(reporter: StepReporter, step: int, loss: float, divergence: float) ->
     timer = PhaseTimer()
     with timer("student"):
         pass
+    if step == 4:
+        with timer("sync"):
+            pass
+        timer.moved("sync", 3_000_000)
+        timer.moved("sync", 1_000_000)
     result = StepResult({"loss": loss, "divergence": divergence}, grad_norm=1.5, lr=0.1, rows=2)
     reporter.step(step, result, [SAMPLE], [ROLLOUT], None, timer, 0.75)
 
@@ -52,6 +57,8 @@ def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.St
     assert line["response_tokens_mean"] == 2.0
     assert line["truncated"] == 1.0 and line["policy_version"] == 3
     assert line["alarm"] is None
+    assert line["sync_gb"] == 0.004
+    assert line["sync_gb_per_second"] == 0.004 / line["seconds"]["sync"]
     assert "loss 0.25 div 0.5 |g| 1.5" in shown.getvalue()
 
 
@@ -62,6 +69,7 @@ def test_a_negative_loss_alarms_only_while_the_divergence_does_not_fall(
     report(reporter, 2, loss=-0.2, divergence=0.4)
     report(reporter, 3, loss=-0.2, divergence=0.6)
     assert [line["alarm"] is None for line in lines(tmp_path)] == [True, True, False]
+    assert not any("sync_gb" in line for line in lines(tmp_path))
     assert "step 3: the loss is negative" in shown.getvalue()
 
 
