@@ -59,7 +59,8 @@ def test_steps_sample_train_and_synchronise(finished: Path) -> None:
         assert 0 < line["log_prob_gap_max"] < ROUNDING
         assert {"rollout", "teacher", "student"} <= line["seconds"].keys()
         assert ("sync_gb_per_second" in line) == ("sync" in line["seconds"])
-    assert lines[1]["sync_gb"] == lines[2]["sync_gb"] == before["sync_gb"] > 0
+    # The last step synchronises twice: before its rollouts and before the evaluation after it.
+    assert 2 * lines[1]["sync_gb"] == lines[2]["sync_gb"] == 2 * before["sync_gb"] > 0
     # The evaluation before the first step has brought the first weights.
     assert ["sync" in line["seconds"] for line in (before, *lines)] == [True, False, True, True]
     assert lines[-1]["eval"]["samples_per_problem"] == 2
