@@ -29,7 +29,7 @@ from opsd_megatron.config import Config
 from opsd_megatron.distributed.collectives import gather_shards
 from opsd_megatron.distributed.parallel import ParallelDims, join_world
 from opsd_megatron.models.build import build_model
-from opsd_megatron.models.export import export_hf_weights
+from opsd_megatron.models.export import BUCKET_BYTES, export_hf_weights
 from opsd_megatron.models.families import read_spec
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.weight_map import hf_shapes, join_shards, partition_dim, placed_parameters, placements
@@ -126,6 +126,7 @@ def main() -> None:
     """Run the benchmark; see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--bucket", type=int, default=BUCKET_BYTES // 2**20, help="MiB")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--engine", action="store_true", help="also into vLLM")
     options = parser.parse_args()
@@ -156,7 +157,9 @@ def measure(path: Path, config: Config, options: argparse.Namespace) -> None:
     assert own == hf_shapes(spec).keys()
     sources: dict[str, Callable[[], Weights]] = {
         "gather and load, one parameter after the other": lambda: plain_loop(chunks, spec, dims),
-        "in buckets of 256 MiB": lambda: export_hf_weights(chunks, spec, dims),
+        f"in buckets of {options.bucket} MiB": lambda: export_hf_weights(
+            chunks, spec, dims, bucket_bytes=options.bucket * 2**20
+        ),
         "own shards": lambda: export_hf_weights(chunks, spec, dims, own_shards_of=own),
     }
     against = next(iter(sources))

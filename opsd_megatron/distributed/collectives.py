@@ -31,13 +31,18 @@ def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[
     return cast("list[T]", values)
 
 
-def gather_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def gather_shards(shard: Tensor, group: dist.ProcessGroup, *, into: list[Tensor] | None = None) -> list[Tensor]:
     """Everybody's ``shard`` (equal shapes and dtypes), in rank order. Not differentiable.
+
+    Args:
+        shard: This rank's.
+        group: Whose.
+        into: Tensors to receive them; new ones if left out.
 
     Ranks: every rank of ``group``; valid on all of them.
     """
     if group.size() == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    shards = [torch.empty_like(shard) for _ in range(group.size())] if into is None else into
     dist.all_gather(shards, shard.contiguous(), group=group)
     return shards

@@ -91,10 +91,11 @@ def export_hf_weights(
     """
     assert dims.pp == 1 or not own_shards_of
     parameters = dict(placed_parameters(chunks, spec, dims))
-    template = next(iter(parameters.values()))
+    template = next(iter(parameters.values())).detach()
+    scratch = _Scratch(template)
     for bucket in _buckets(parameters, spec, dims, own_shards_of, bucket_bytes // template.element_size()):
         if not bucket[0].stays:
-            yield from _exchange(bucket, template, spec, dims)
+            yield from _exchange(bucket, scratch, spec, dims)
             continue
         for item in bucket:
             tp, rank = (dims.tp, dims.tp_rank) if item.place.expert is None else (dims.etp, dims.etp_rank)
@@ -133,8 +134,22 @@ def _buckets(
     yield bucket
 
 
+class _Scratch:
+    """Memory for shards on their way, used by one bucket after the other."""
+
+    def __init__(self, template: Tensor) -> None:
+        self._template = template
+        self._flat = template.new_empty(0)
+
+    def rows(self, count: int, size: int) -> list[Tensor]:
+        """``count`` vectors of ``size`` numbers, which last until the next call."""
+        if self._flat.numel() < count * size:
+            self._flat = self._template.new_empty(count * size)
+        return list(self._flat[: count * size].view(count, size))
+
+
 def _exchange(
-    bucket: list[_Item], template: Tensor, spec: Qwen3Spec, dims: ParallelDims
+    bucket: list[_Item], scratch: _Scratch, spec: Qwen3Spec, dims: ParallelDims
 ) -> Iterator[tuple[str, Tensor]]:
     """Bring all ranks' shards of a bucket together and put the parameters together from them."""
     stage, of_expert = bucket[0].stage, bucket[0].place.rule.of_expert
@@ -143,14 +158,19 @@ def _exchange(
         gathered = [[item.own()] for item in bucket]
     else:
         sizes = [math.prod(item.shape) for item in bucket]
-        flat = template.new_empty(sum(sizes))
+        flat, *rows = scratch.rows(1 + group.size() if group.size() > 1 else 1, sum(sizes))
         if stage == dims.pp_rank:
             torch.cat([item.own().reshape(-1) for item in bucket], out=flat)
         if dims.pp > 1:
             # Shards travel over the pipeline before they are joined: a tp-th of the traffic of full tensors.
             dist.broadcast(flat, src=dist.get_global_rank(dims.pp_group, stage), group=dims.pp_group)
-        rows = [row.split(sizes) for row in gather_shards(flat, group)]
-        gathered = [[row[number].view(item.shape) for row in rows] for number, item in enumerate(bucket)]
+        cut = [row.split(sizes) for row in gather_shards(flat, group, into=rows)]
+        gathered = [[row[number].view(item.shape) for row in cut] for number, item in enumerate(bucket)]
+        # Joining copies; what is not joined must not go with the scratch memory.
+        gathered = [
+            [shards[0].clone()] if item.place.rule.kind == "whole" else shards
+            for item, shards in zip(bucket, gathered, strict=True)
+        ]
     experts = spec.num_experts // dims.ep
     for item, shards in zip(bucket, gathered, strict=True):
         if item.place.expert is None:
