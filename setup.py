@@ -10,7 +10,7 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_t
 
 # What the package imports whatever the device.
 COMMON = [
-    "torch",
+    "torch>=2.10",
     # 0.16.1 is the last release for Python 3.11, and the one distributed/cpu.py and models/ are written against.
     "megatron-core==0.16.1",
     "numpy",

@@ -20,7 +20,7 @@ _CHUNK_ELEMENTS_ON_CPU, _CHUNK_ELEMENTS = 3 << 23, 1 << 27
 _TILE_ROWS = 128
 # On CPU the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen elementwise
 # steps then stay in the cache and never exist for a whole chunk.
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 19
 # Rows of a half-precision head that are widened at a time on CPU: few enough to stay in the cache.
 _WIDENED_ROWS = 2048
 

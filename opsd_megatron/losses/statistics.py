@@ -49,9 +49,9 @@ def merge(pieces: Tensor, temperature: float) -> Tensor:
 
 
 def _maximum(maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of all pieces, ``[n, r] -> [r]``, and how far each piece's is below it."""
+    """The largest of all pieces, ``[n, r] -> [r]``, and how far each piece's is below it (all at -inf: infinitely)."""
     largest = maxima.amax(0)
-    return largest, maxima - largest
+    return largest, maxima - largest.clamp(min=torch.finfo(maxima.dtype).min)
 
 
 def _total(sums: Tensor, shifts: Tensor) -> Tensor:

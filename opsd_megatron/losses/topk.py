@@ -90,7 +90,7 @@ def topk_rows(
     entries = divergence_entries(s, t, spec)
     divergence, slope_sum = entries.value.sum(1), entries.slope.sum(1)
     clipped = torch.zeros_like(s) if entries.clipped is None else entries.clipped
-    clipped_loss = divergence if spec.entry_clip is None else entries.value.clamp(max=spec.entry_clip).sum(1)
+    clipped_loss = divergence if entries.clipped is None else entries.value.clamp(max=spec.entry_clip).sum(1)
     clip_sums = [clipped.sum(1), (clipped * entries.teacher_prob).sum(1)]
     clip = clip_rows(divergence, clipped_loss, clip_sums, spec, entries=s.shape[1])
     if with_gradient:

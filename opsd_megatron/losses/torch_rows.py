@@ -86,10 +86,11 @@ class TorchRows:
             probs.append(self._exps[number].mul_(shift.exp()) if self._keep else side.exp())
         (s, t), (p, q) = self._sides, probs
         entries = divergence_entries(s, t, self._spec, probs=(p, q))
+        divergence = entries.value.sum(1)
         sums = [
-            entries.value.sum(1),
+            divergence,
             entries.slope.sum(1),
-            *_clip_sums(entries, self._spec),
+            *_clip_sums(entries, divergence, self._spec),
             -torch.linalg.vecdot(p, s),
             -torch.linalg.vecdot(q, t),
             torch.linalg.vecdot(q, entries.log_ratio),
@@ -117,11 +118,10 @@ def row_max(values: Tensor) -> Tensor:
     return values.amax(dim=1).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _clip_sums(entries: Entries, spec: DivergenceSpec) -> list[Tensor]:
+def _clip_sums(entries: Entries, divergence: Tensor, spec: DivergenceSpec) -> list[Tensor]:
     """The clipped loss, the number of clipped entries and the teacher's probability on them."""
     clipped = entries.clipped
     if clipped is None:
-        nothing = entries.value.new_zeros(entries.value.shape[0])
-        return [entries.value.sum(1), nothing, nothing]
+        return [divergence, torch.zeros_like(divergence), torch.zeros_like(divergence)]
     loss = entries.value.clamp_(max=spec.entry_clip).sum(1)
     return [loss, clipped.sum(1), torch.linalg.vecdot(clipped, entries.teacher_prob)]

@@ -71,9 +71,7 @@ class TritonRows:
         """This piece's :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``."""
         temperature = self._spec.temperature
         pieces = row_statistics(self._student, self._teacher, temperature=temperature, local_targets=self._targets)
-        # Where every piece is all -inf their distances are no numbers, nor then the sums, which are 0. Rows with NaN or
-        # +inf lose theirs as well and keep the maximum, +inf, that marks them.
-        return merge(pieces, temperature).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        return merge(pieces, temperature)
 
     def sums(self, normaliser: Tensor) -> Tensor:
         """This piece's share of the row sums, ``[9, r]``."""
