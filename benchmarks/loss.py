@@ -1,15 +1,18 @@
 """The loss against what everyone writes: ``python benchmarks/loss.py [--hidden 1024 ...] [--rows 256 1024 4096 ...]``.
 
 One forward and backward pass of the clipped Jensen-Shannon divergence from hidden states, at Qwen3's vocabulary, on one
-rank. The dense version keeps the logits and lets autograd do the rest. Runs of the two are interleaved; times are
-medians and mean something as ratios within one run only. Memory is the peak above the inputs and the gradients that are
-handed out. The machine's own matrix-product rate is measured between the runs, on the products that the loss needs:
-two of logits and two of gradients, 8 R H V operations. Writes a Markdown table and a picture.
+rank. The dense version keeps the logits and lets autograd do the rest. Where `liger-kernel` is installed (it is no
+requirement: `pip install --no-deps liger-kernel`) its fused linear JSD runs too, without a clip, which it does not
+have: its Triton kernels on CUDA, its chunked torch version on CPU. Runs are interleaved; times are medians and mean
+something as ratios within one run only. Memory is the peak above the inputs and the gradients that are handed out. The
+machine's own matrix-product rate is measured between the runs, on the products that the loss needs: two of logits and
+two of gradients, 8 R H V operations. Writes a Markdown table and a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import platform
@@ -87,6 +90,28 @@ def dense(inputs: Inputs) -> Tensor:
     return d.clamp(max=CLIP).sum()
 
 
+def liger_peer(cuda: bool) -> Callable[[Inputs], Tensor] | None:
+    """Liger-Kernel's version, summed over rows as ours; ``None`` where it is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    if cuda:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        fused = LigerFusedLinearJSD(jsd_beta=BETA)
+    else:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA)
+
+    def loss(inputs: Inputs) -> Tensor:
+        rows = inputs.student_hidden.shape[0]
+        labels = torch.zeros(rows, dtype=torch.long, device=inputs.student_hidden.device)  # none is ignored
+        sides = inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head
+        return fused(*sides, labels) * rows
+
+    return loss
+
+
 @dataclass(frozen=True)
 class Cost:
     """Seconds and peak bytes above inputs and gradients of one forward and backward pass."""
@@ -156,12 +181,13 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one size; dense ones are ``None`` where it does not fit."""
+    """The figures of one size; others' are ``None`` where they do not fit or are not there."""
 
     hidden: int
     rows: int
     ours: Cost
     dense: Cost | None
+    liger: Cost | None
     products: float
 
     @property
@@ -171,32 +197,41 @@ class Row:
 
     def cells(self) -> list[str]:
         """The table's cells."""
-        if self.dense is None:
-            other, ratio, memory = "does not fit", "", ""
-        else:
-            other = f"{self.dense.seconds:.2f} / {self.dense.extra_bytes / GIB:.2f}"
-            ratio = f"{self.ours.seconds / self.dense.seconds:.2f}"
-            memory = f"1/{self.dense.extra_bytes / max(self.ours.extra_bytes, 1):.1f}"
         mine = f"{self.ours.seconds:.2f} / {self.ours.extra_bytes / GIB:.2f}"
-        return [str(self.hidden), str(self.rows), mine, other, ratio, memory, f"{self.rate:.0%}"]
+        return [
+            str(self.hidden),
+            str(self.rows),
+            mine,
+            f"{self.rate:.0%}",
+            *self._against(self.dense),
+            *self._against(self.liger),
+        ]
+
+    def _against(self, other: Cost | None) -> list[str]:
+        if other is None:
+            return ["-", "", ""]
+        return [
+            f"{other.seconds:.2f} / {other.extra_bytes / GIB:.2f}",
+            f"{self.ours.seconds / other.seconds:.2f}",
+            f"1/{other.extra_bytes / max(self.ours.extra_bytes, 1):.1f}",
+        ]
 
 
 def run(hidden: int, rows: int, repeats: int, dtype: torch.dtype, device: torch.device) -> Row:
-    """Measure one size, the two versions in turn."""
+    """Measure one size, all versions in turn."""
     inputs, meter = Inputs.draw(rows, hidden, dtype, device), Meter(device)
     fits = DENSE_TENSORS * rows * VOCAB * 4 < _free_bytes(device)
-    mine: list[Cost] = []
-    other: list[Cost] = []
+    versions = {"ours": ours, "dense": dense if fits else None, "liger": liger_peer(device.type == "cuda")}
+    costs: dict[str, list[Cost]] = {name: [] for name, version in versions.items() if version is not None}
     products: list[float] = []
     for turn in range(repeats + 1):
-        costs = [(mine, meter.measure(ours, inputs))]
-        if fits:
-            costs.append((other, meter.measure(dense, inputs)))
+        measured = {name: meter.measure(version, inputs) for name, version in versions.items() if version is not None}
         if turn:  # the first turn warms up
-            for kept, cost in costs:
-                kept.append(cost)
+            for name, cost in measured.items():
+                costs[name].append(cost)
             products.append(meter.products(inputs))
-    return Row(hidden, rows, _median(mine), _median(other) if fits else None, statistics.median(products))
+    medians = {name: _median(found) for name, found in costs.items()}
+    return Row(hidden, rows, medians["ours"], medians.get("dense"), medians.get("liger"), statistics.median(products))
 
 
 def _median(costs: list[Cost]) -> Cost:
@@ -210,7 +245,8 @@ def _free_bytes(device: torch.device) -> int:
     return int(line.split()[1]) * 1024
 
 
-HEADER = ["H", "R", "ours: s / GiB", "dense: s / GiB", "time", "memory", "of matmul rate"]
+HEADER = ["H", "R", "ours: s / GiB", "of matmul rate"]
+HEADER += ["dense: s / GiB", "time", "memory", "Liger: s / GiB", "time", "memory"]
 
 
 def table(results: list[Row]) -> str:
