@@ -12,10 +12,10 @@ from torch import Tensor
 
 from opsd_megatron.losses.shard import Pending, VocabShard
 
-# Logits of one chunk and side, counted in elements: 96 MiB in float32 on CPU, 512 MiB elsewhere. Large enough that the
+# Most logits of one chunk and side, counted in elements: 160 MiB in float32 on CPU, 512 MiB elsewhere. Enough that the
 # matrix products run at full speed and that reading and writing the head weight's gradient once a chunk costs little
 # beside them: at r rows a chunk it moves 8 bytes for 8 r operations, and a GPU does hundreds of operations a byte.
-_CHUNK_ELEMENTS_ON_CPU, _CHUNK_ELEMENTS = 3 << 23, 1 << 27
+_CHUNK_ELEMENTS_ON_CPU, _CHUNK_ELEMENTS = 5 << 23, 1 << 27
 # There, rows of a chunk are a multiple of this: the tile of a matrix product.
 _TILE_ROWS = 128
 # On CPU the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen elementwise
@@ -170,6 +170,9 @@ def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None, device:
     if chunk_rows is None:
         elements, tile = (_CHUNK_ELEMENTS_ON_CPU, 1) if device.type == "cpu" else (_CHUNK_ELEMENTS, _TILE_ROWS)
         chunk_rows = max(elements // shard.width // tile, 1) * tile
+        # Chunks of like size: a short last one costs as much to set up and multiplies more slowly.
+        chunks = max(-(-num_rows // chunk_rows), 1)
+        chunk_rows = max(-(-num_rows // chunks // tile) * tile, 1)
     return list(_slices(0, num_rows, chunk_rows))
 
 

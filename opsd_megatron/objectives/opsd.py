@@ -90,6 +90,9 @@ class Opsd:
         }
         gap = student_log_prob - batch.engine_log_probs
         sums["log_prob_gap"] = gap.abs().sum()
+        # KL(engine || trainer) from tokens the engine sampled: the estimator k3, never negative and of low variance
+        # (J. Schulman, Approximating KL Divergence, 2020).
+        sums["log_prob_kl"] = (gap.expm1() - gap).sum()
         # -inf for an empty micro-batch: it must not win against another micro-batch's maximum.
         largest = gap.abs().max() if gap.numel() else torch.full_like(loss_sum.detach(), -torch.inf)
         return LossOutput(loss_sum, sums, {"log_prob_gap_max": largest})

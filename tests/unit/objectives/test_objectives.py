@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -9,10 +9,12 @@ import torch
 from opsd_megatron.config import Config, ObjectiveConfig
 from opsd_megatron.data.packing import pack
 from opsd_megatron.data.prompts import PromptBuilder
+from opsd_megatron.losses import TopK
 from opsd_megatron.objectives import HeadLayout, build_objective
 from opsd_megatron.objectives.opsd import Opsd
 from opsd_megatron.objectives.sft import Sft
 from opsd_megatron.types import AlignedSample, Generation, Problem, Rollout, TeacherTargets
+from tests.unit.losses.reference import Case, dense_topk
 
 V, H = 11, 4
 PROBLEM = Problem(id="a:1", problem="p", solution="s")
@@ -75,11 +77,27 @@ def test_opsd_loss_is_the_weighted_sum_and_reports_the_engine() -> None:
     )
     assert output.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
     assert output.sums["divergence"].item() == pytest.approx(output.loss_sum.item(), rel=1e-6)
-    gaps = (log_student.gather(1, batch.response_ids[:, None]).squeeze(1) + 1.0).abs()
+    ratios = log_student.gather(1, batch.response_ids[:, None]).squeeze(1) + 1.0
+    assert output.sums["log_prob_kl"].item() == pytest.approx((ratios.exp() - 1 - ratios).sum().item(), rel=1e-5)
+    gaps = ratios.abs()
     assert output.sums["log_prob_gap"].item() == pytest.approx(gaps.sum().item(), rel=1e-5)
     assert output.maxima["log_prob_gap_max"].item() == pytest.approx(gaps.max().item(), rel=1e-5)
     output.loss_sum.backward()
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("side", "tail"), [("teacher", "bucket"), ("student", "renormalise")])
+def test_opsd_on_the_most_likely_entries(
+    side: Literal["teacher", "student"], tail: Literal["bucket", "renormalise"]
+) -> None:
+    objective = opsd(beta=0.5, clip=None, top_k=3, top_k_side=side, top_k_tail=tail)
+    batch = pack(objective.samples([PROBLEM], [rollout(7, 8, 9)]), with_teacher=True)
+    hidden, other, head = torch.randn(3, H), torch.randn(3, H), torch.randn(V, H)
+    output = objective.loss(hidden, head, batch, TeacherTargets(other, head))
+    expected = dense_topk(hidden @ head.T, other @ head.T, Case(0.5), TopK(3, side, tail)).sum().item()
+    assert output.loss_sum.item() == pytest.approx(expected, rel=1e-5)
+    whole = opsd(beta=0.5, clip=None).loss(hidden, head, batch, TeacherTargets(other, head)).loss_sum.item()
+    assert output.loss_sum.item() != pytest.approx(whole, rel=1e-2)
 
 
 def test_an_empty_micro_batch_runs_backward_and_wins_no_maximum() -> None:
