@@ -178,6 +178,8 @@ def test_interrupted_install_stops_and_is_done_again(machine: Machine) -> None:
         [shutil.which("bash") or "bash", str(machine.root / "requirements" / "install.sh")],
         env={"PATH": str(machine.root / "bin")},
         start_new_session=True,
+        # A process started in the background of a shell ignores interrupts, and so do those it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stderr=subprocess.PIPE,
         text=True,
     )
