@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsd_megatron.losses.compiled_rows import CompiledRows, kernels_for
 from opsd_megatron.losses.divergences import DivergenceSpec
 from opsd_megatron.losses.head import row_blocks
 from opsd_megatron.losses.rows import (
@@ -22,7 +23,7 @@ from opsd_megatron.losses.rows import (
 from opsd_megatron.losses.shard import VocabShard
 from opsd_megatron.losses.token_terms import Importance, TokenTerm
 from opsd_megatron.losses.topk import TopK, topk_rows
-from opsd_megatron.losses.torch_rows import TorchRows, row_max
+from opsd_megatron.losses.torch_rows import TorchRows, row_centre, row_max
 
 # Numbers of a side and piece that a target's log-probability is merged from.
 _PIECES = 5
@@ -59,7 +60,11 @@ class DivergenceLoss:
         targets = None if self.target_ids is None else self.target_ids[rows]
         weights = None if weights is None else weights[rows]
         extras = self.extras.of(rows)
-        blocks = row_blocks(student.shape[0], self.shard, student.device)
+        on_support = self.support is not None and self.support.k < self.shard.vocab_size
+        if not on_support and kernels_for(student, self.spec) is not None:
+            blocks = [slice(0, student.shape[0])]
+        else:
+            blocks = row_blocks(student.shape[0], self.shard, student.device)
         # On one rank a block is done with while it is in the cache. Across ranks every group has its own collectives.
         groups = [[block] for block in blocks] if self.shard.group is None else [blocks]
         parts = []
@@ -67,7 +72,8 @@ class DivergenceLoss:
             rows = slice(group[0].start, group[-1].stop)
             own_targets = None if targets is None else targets[rows]
             own_weights = None if weights is None else weights[rows]
-            if self.support is not None and self.support.k < self.shard.vocab_size:
+            if on_support:
+                assert self.support is not None
                 steps = topk_rows(
                     student[rows],
                     teacher[rows],
@@ -99,6 +105,9 @@ class DivergenceLoss:
             from opsd_megatron.losses.triton_rows import TritonRows
 
             return TritonRows(student[rows], teacher[rows], self.spec, self.shard, targets)
+        kernels = kernels_for(student[rows], self.spec)
+        if kernels is not None:
+            return CompiledRows(student[rows], teacher[rows], kernels, self.shard, targets)
         keep = self.shard.group is None
         return TorchRows(student[rows], teacher[rows], self.spec, self.shard, targets, keep=keep)
 
@@ -162,7 +171,7 @@ class TargetLoss:
         sum of exponentials at temperature 1. Leaves the logits centred on the maximum, for the student's gradient.
         """
         maximum = row_max(side)
-        side.sub_(_centre(maximum).unsqueeze(1))
+        side.sub_(row_centre(maximum).unsqueeze(1))
         target, held = self.shard.pick(side, targets.unsqueeze(1))
         blocks = row_blocks(side.shape[0], self.shard, side.device)
         sums = torch.cat([(side[rows] / self.temperature).exp_().sum(1) for rows in blocks])
@@ -185,12 +194,7 @@ class TargetLoss:
         self, student: Tensor, targets: Tensor, local_max: Tensor, maximum: Tensor, log_sum: Tensor, slope: Tensor
     ) -> None:
         """Leave ``slope / T * (onehot - p_S)`` in the student's centred logits."""
-        shift = (_centre(local_max) - maximum) / self.temperature - log_sum
+        shift = (row_centre(local_max) - maximum) / self.temperature - log_sum
         pull = slope / self.temperature
         student.div_(self.temperature).add_(shift.unsqueeze(1)).exp_().mul_(-pull.unsqueeze(1))
         self.shard.add_at(student, targets, pull)
-
-
-def _centre(maximum: Tensor) -> Tensor:
-    """What a row is centred on: its maximum, or a finite number where that is -inf."""
-    return maximum.clamp(min=torch.finfo(maximum.dtype).min)

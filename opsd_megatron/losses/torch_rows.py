@@ -1,4 +1,4 @@
-"""A block of logit rows worked on with torch: the elementwise part of the divergence, on CPU and in float64."""
+"""A block of logit rows worked on with torch, operation by operation: small shards on CPU, and float64."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ class TorchRows:
         held = torch.zeros_like(self._sides[0][:, :1].sum(1))
         for side in self._sides:
             maximum = row_max(side)
-            # -inf less -inf would be NaN: a row without a finite logit here is centred on the lowest number instead.
-            self._centres.append(maximum.clamp(min=torch.finfo(side.dtype).min))
+            self._centres.append(row_centre(maximum))
             side.sub_(self._centres[-1].unsqueeze(1))
             maxima.append(maximum)
             if self._targets is not None:
@@ -119,6 +118,11 @@ def row_max(values: Tensor) -> Tensor:
     if values.shape[1] == 0:
         return values.new_full((values.shape[0],), -torch.inf)
     return values.amax(dim=1).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def row_centre(maximum: Tensor) -> Tensor:
+    """What a row is centred on: its maximum. -inf less -inf would be NaN: without a finite logit the lowest number."""
+    return maximum.clamp(min=torch.finfo(maximum.dtype).min)
 
 
 def _clip_sums(entries: Entries, divergence: Tensor, spec: DivergenceSpec) -> list[Tensor]:

@@ -1,0 +1,179 @@
+"""Chunks of logit rows worked on by kernels that ``torch.compile`` fuses: the elementwise part on CPU, large shards.
+
+Step by step every elementwise operation reads and writes memory; fused, each of the three passes reads the logits once,
+and only the last one writes. That takes a quarter of the time and a C++ compiler, and some twenty seconds of compiling
+where no earlier process has left the kernels in torch's cache. Without a compiler :class:`TorchRows` does the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses.divergences import LOG_ZERO, DivergenceSpec, Entries, divergence_entries
+from opsd_megatron.losses.shard import VocabShard
+from opsd_megatron.losses.torch_rows import row_centre, row_max
+
+_LOG = logging.getLogger(__name__)
+# Of fewer columns a chunk stays in the cache either way, and small models should not wait for a compiler.
+_LEAST_COLUMNS = 1 << 14
+
+RowKernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class RowKernels:
+    """The three passes over a chunk: compiled, or the plain functions below."""
+
+    statistics: RowKernel
+    sums: RowKernel
+    gradient: RowKernel
+
+
+def kernels_for(student: Tensor, spec: DivergenceSpec) -> RowKernels | None:
+    """Compiled kernels for a chunk of logits, ``[r, columns]``, where they are worth it and there is a compiler.
+
+    One row is not: torch would compile everything again for it.
+    """
+    rows, columns = student.shape
+    if student.device.type != "cpu" or student.dtype != torch.float32 or rows < 2 or columns < _LEAST_COLUMNS:
+        return None
+    return compiled_kernels(spec) if _compiles() else None
+
+
+@cache
+def compiled_kernels(spec: DivergenceSpec, backend: str = "inductor") -> RowKernels:
+    """The kernels of ``spec``, compiled at their first call for any number of rows above one."""
+    # Kept apart from those of other divergences: torch gives up on a function that it has compiled too often.
+    compiled = partial(torch.compile, backend=backend, isolate_recompiles=True)
+    return RowKernels(*(compiled(_bind(function, spec)) for function in (_statistics, _sums, _gradient)))
+
+
+def plain_kernels(spec: DivergenceSpec) -> RowKernels:
+    """The same without compiling, for tests."""
+    return RowKernels(*(_bind(function, spec) for function in (_statistics, _sums, _gradient)))
+
+
+class CompiledRows:
+    """See :class:`~opsd_megatron.losses.rows.RowBlock`. Every pass reads the logits again; only the last one writes.
+
+    Args:
+        student: ``[r, columns]`` float32, ``r > 1``.
+        teacher: The same for the teacher.
+        kernels: Those of the divergence.
+        shard: Which columns these are.
+        target_ids: Targets of the diagnostics, ``[r]``, or ``None``.
+    """
+
+    def __init__(
+        self, student: Tensor, teacher: Tensor, kernels: RowKernels, shard: VocabShard, target_ids: Tensor | None
+    ) -> None:
+        self._sides, self._kernels, self._shard, self._targets = (student, teacher), kernels, shard, target_ids
+        self._normaliser: Tensor | None = None
+        for side in self._sides:
+            _any_rows(side, 0)
+
+    def statistics(self) -> Tensor:
+        """This piece's :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``."""
+        found: Tensor = self._kernels.statistics(*self._sides)
+        targets = found.new_zeros((3, found.shape[1]))
+        if self._targets is not None:
+            for number, side in enumerate(self._sides):
+                picked, held = self._shard.pick(side, self._targets.unsqueeze(1))
+                centre = row_centre(found[2 * number]).unsqueeze(1)
+                targets[number] = torch.where(held > 0, picked - centre, 0).squeeze(1)
+                targets[2] = held.squeeze(1)
+        return torch.cat([found, targets])
+
+    def sums(self, normaliser: Tensor) -> Tensor:
+        """This piece's share of the row sums, ``[9, r]``."""
+        self._normaliser = _any_rows(normaliser.contiguous(), 1)
+        sums: Tensor = self._kernels.sums(*self._sides, self._normaliser)
+        return sums
+
+    def write_gradient(self, factor: Tensor, shift: Tensor, pull: Tensor | None) -> None:
+        """Leave ``factor * slope - shift * e^s``, plus ``pull`` at the target, in the student's logits."""
+        scales = _any_rows(torch.stack([factor, shift]), 1)
+        self._kernels.gradient(*self._sides, self._normaliser, scales)
+        if pull is not None:
+            assert self._targets is not None, "a token's term needs targets"
+            self._shard.add_at(self._sides[0], self._targets, pull)
+
+
+def _statistics(spec: DivergenceSpec, student: Tensor, teacher: Tensor) -> Tensor:
+    """The first seven statistics, ``[7, r]``."""
+    sides = (student, teacher)
+    maxima = [row_max(side) for side in sides]
+    centred = [side - row_centre(maximum).unsqueeze(1) for side, maximum in zip(sides, maxima, strict=True)]
+    sums = [_sum((side / spec.temperature).exp()) for side in centred]
+    sums_at_1 = sums if spec.temperature == 1 else [_sum(side.exp()) for side in centred]
+    agree = row_max(centred[0] + centred[1]).eq(0).to(student.dtype)
+    return torch.stack([maxima[0], sums[0], maxima[1], sums[1], agree, *sums_at_1])
+
+
+def _sums(spec: DivergenceSpec, student: Tensor, teacher: Tensor, normaliser: Tensor) -> Tensor:
+    """The nine row sums, ``[9, r]``."""
+    s, t, entries = _entries(spec, student, teacher, normaliser)
+    p, q, value, clipped = entries.student_prob, entries.teacher_prob, entries.value, entries.clipped
+    divergence = _sum(value)
+    clip_sums = [divergence, torch.zeros_like(divergence), torch.zeros_like(divergence)]
+    if clipped is not None:
+        clip_sums = [_sum(value.clamp(max=spec.entry_clip)), _sum(clipped), _sum(clipped * q)]
+    divergences = [_sum(q * entries.log_ratio), -_sum(p * entries.log_ratio)]
+    return torch.stack([divergence, _sum(entries.slope), *clip_sums, -_sum(p * s), -_sum(q * t), *divergences])
+
+
+def _gradient(spec: DivergenceSpec, student: Tensor, teacher: Tensor, normaliser: Tensor, scales: Tensor) -> None:
+    """Overwrite the student's logits with their gradient, given its factor and shift, ``[2, r]``."""
+    _, _, entries = _entries(spec, student, teacher, normaliser)
+    factor, shift = scales.unsqueeze(2).unbind()
+    student.copy_(factor * entries.slope - shift * entries.student_prob)
+
+
+def _entries(
+    spec: DivergenceSpec, student: Tensor, teacher: Tensor, normaliser: Tensor
+) -> tuple[Tensor, Tensor, Entries]:
+    """Both sides' log-probabilities, and the terms and slopes of the divergence."""
+    norms = normaliser.unsqueeze(2).unbind()
+    s, t = (
+        ((side - maximum) / spec.temperature - log_sum).clamp(min=LOG_ZERO)
+        for side, maximum, log_sum in ((student, *norms[:2]), (teacher, *norms[2:]))
+    )
+    return s, t, divergence_entries(s, t, spec)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Row sums, ``[r]``. A compiled sum in float32 would add up thousands of numbers one after the other."""
+    return values.sum(1, dtype=torch.float64).to(values.dtype)
+
+
+def _bind(function: Callable[..., Any], spec: DivergenceSpec) -> RowKernel:
+    return lambda *tensors: function(spec, *tensors)
+
+
+def _any_rows(tensor: Tensor, dimension: int) -> Tensor:
+    """``tensor``, marked so that it is compiled for any size of ``dimension``."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    return tensor
+
+
+@cache
+def _compiles() -> bool:
+    """Whether a kernel can be compiled in this process, found out with a small one."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return False
+    try:
+        probe: RowKernel = torch.compile(torch.special.expm1)
+        probe(torch.zeros(2, 16))
+    except Exception as error:  # whatever a compiler, its headers or its cache directory may lack
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        _LOG.warning("the loss runs uncompiled, at about two thirds of its speed: %s", first)
+        return False
+    return True

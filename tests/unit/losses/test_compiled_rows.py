@@ -1,0 +1,144 @@
+"""The kernels for CPU: as plain functions in every case, and compiled where that could change something."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_megatron.losses import compiled_rows, linear_divergence
+from opsd_megatron.losses.compiled_rows import RowKernels, compiled_kernels, kernels_for, plain_kernels
+from opsd_megatron.losses.divergences import DivergenceSpec
+from opsd_megatron.losses.row_losses import DivergenceLoss
+from opsd_megatron.losses.torch_rows import TorchRows
+from tests.distributed import run_distributed
+from tests.unit.losses.kernel_checks import (
+    CASES,
+    check_case,
+    check_cases,
+    check_equal_sides,
+    check_extras,
+    check_shard_without_probability,
+)
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+CHECKS = [check_cases, check_equal_sides, check_extras, check_shard_without_probability]
+
+
+@contextmanager
+def through(kernels: Callable[[DivergenceSpec], RowKernels]) -> Iterator[None]:
+    """Every block of logits, however small, goes through these kernels."""
+
+    def block(task: DivergenceLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, rows: slice) -> object:
+        targets = None if targets is None else targets[rows]
+        return compiled_rows.CompiledRows(student[rows], teacher[rows], kernels(task.spec), task.shard, targets)
+
+    with mock.patch.object(DivergenceLoss, "_block", block):
+        yield
+
+
+plain = partial(through, plain_kernels)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_functions_on_one_rank(check: Callable[..., None]) -> None:
+    check(plain, "cpu")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_functions_on_two_ranks(check: Callable[..., None]) -> None:
+    run_distributed(check, 2, plain, "cpu")
+
+
+@needs_compiler
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [1, 3])
+def test_compiled(number: int) -> None:
+    """A clipped endpoint at a temperature, and the middle: with a C++ compiler, for any number of rows."""
+    with through(compiled_kernels):
+        # Chunks of 3 and 2 rows, and one of all 5: one compilation does for all.
+        for chunk_rows in (3, None):
+            check_case("cpu", CASES[number], 301, torch.float32, weighted=True, chunk_rows=chunk_rows)
+        check_case("cpu", CASES[number], 301, torch.bfloat16, weighted=True, chunk_rows=None)
+
+
+@needs_compiler
+@pytest.mark.timeout(600)
+def test_equal_sides_stay_exactly_equal_where_operations_are_fused() -> None:
+    with through(compiled_kernels):
+        check_equal_sides(lambda: through(compiled_kernels), "cpu", every=7)
+
+
+@needs_compiler
+@pytest.mark.timeout(600)
+def test_sums_over_many_columns_are_as_exact_as_uncompiled_ones() -> None:
+    spec = DivergenceSpec(0.5, clip=0.05)
+    columns, generator = 100_003, torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, columns, generator=generator).unbind()
+    shard = mock.Mock(pick=None)
+
+    def sums(kernels: RowKernels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows = compiled_rows.CompiledRows(student.to(dtype), teacher.to(dtype), kernels, shard, None)
+        statistics = rows.statistics()
+        normaliser = statistics[:4].clone()
+        normaliser[1::2].log_()
+        return statistics[:7], rows.sums(normaliser)
+
+    exact = sums(plain_kernels(spec), torch.float64)
+    found = sums(compiled_kernels(spec), torch.float32)
+    for one, other in zip(found, exact, strict=True):
+        assert ((one - other).abs() <= 1e-6 * other.abs() + 1e-9).all()
+
+
+class TestChoice:
+    """Which blocks of logits get kernels at all."""
+
+    SPEC = DivergenceSpec(0.5)
+
+    @needs_compiler
+    def test_large_float32_blocks_on_cpu(self) -> None:
+        assert kernels_for(torch.empty(2, 1 << 14), self.SPEC) is compiled_kernels(self.SPEC)
+
+    @pytest.mark.parametrize(
+        "student",
+        [
+            torch.empty(1, 1 << 14),
+            torch.empty(2, (1 << 14) - 1),
+            torch.empty(2, 1 << 14, dtype=torch.float64),
+            torch.empty(2, 1 << 14, device="meta"),
+        ],
+    )
+    def test_no_others(self, student: Tensor) -> None:
+        assert kernels_for(student, self.SPEC) is None
+
+    @pytest.mark.parametrize("how", ["disabled", "no compiler"])
+    def test_without_a_compiler_the_loss_is_the_same(
+        self, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        if how == "disabled":
+            monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+        else:
+            monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("g++ not found\nand more")))
+        compiled_rows._compiles.cache_clear()
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = torch.randn(4, 8, generator=generator), torch.randn(1 << 14, 8, generator=generator)
+        try:
+            with mock.patch.object(TorchRows, "sums", autospec=True, side_effect=TorchRows.sums) as called:
+                loss = linear_divergence(hidden, weight, hidden.flip(0), weight, **asdict(self.SPEC))
+                loss_again = linear_divergence(hidden, weight, hidden.flip(0), weight, **asdict(self.SPEC))
+        finally:
+            compiled_rows._compiles.cache_clear()
+        assert called.called
+        assert torch.equal(loss, loss_again)
+        logged = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(logged) == (0 if how == "disabled" else 1)
+        assert all("g++ not found" in line and "and more" not in line for line in logged)
