@@ -6,7 +6,8 @@ Megatron-Core's schedule, its data-parallel wrapper and ``finalize_model_grads``
 sum over ranks shows, above all for the query and key norms and the router, whose gradients are partial, and for the
 tied embedding, which two pipeline stages share; at ep > 1 for the experts, which other ranks hold than other weights.
 
-Vocabulary 270 and tp 4 make two rows of padding.
+Vocabulary 270 and tp 4 make two rows of padding. Under context parallelism a rank has an early and a late part of every
+sequence, padded to a multiple of ``2 * cp``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from opsd_megatron.config import Config
-from opsd_megatron.types import PackedSequences
 from tests.distributed import run_distributed
+from tests.functional.layouts import Layout
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 VOCAB = 270
@@ -51,6 +52,7 @@ class Mesh:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    cp: int = 1
     dp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -58,10 +60,14 @@ class Mesh:
     recompute: str = "none"
 
     def __str__(self) -> str:
-        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "dp": self.dp, "ep": self.ep}
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp, "ep": self.ep}
         name = "-".join(f"{key}{size}" for key, size in sizes.items() if size > 1) or "one"
         name += "" if self.etp is None else f"-etp{self.etp}"
         return name + "-sp" * self.sequence + f"-{self.recompute}-recompute" * (self.recompute != "none")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
 
     @property
     def models(self) -> list[str]:
@@ -83,6 +89,8 @@ MESHES = (
     Mesh(tp=2, pp=2, vpp=2, sequence=True),
     Mesh(tp=4, sequence=True),
     Mesh(dp=2),
+    Mesh(cp=2),
+    Mesh(cp=2, ep=2),
     Mesh(dp=2, ep=2),
     Mesh(dp=2, ep=2, pp=2, recompute="full"),
     Mesh(tp=2, sequence=True, etp=1),
@@ -165,7 +173,7 @@ def _outcome(mesh: Mesh, models: dict[str, Path]) -> dict[str, Outcome]:
     if mesh not in _outcomes:
         there = {name: models[name] for name in mesh.models}
         # The last rank is on the last stage, which holds the logits.
-        _outcomes[mesh] = run_distributed(measure, mesh.tp * mesh.pp * mesh.dp, mesh, there)[-1]
+        _outcomes[mesh] = run_distributed(measure, mesh.world_size, mesh, there)[-1]
     return _outcomes[mesh]
 
 
@@ -236,16 +244,6 @@ def coefficients(micro_batch: int) -> Tensor:
     return torch.randn(sum(LENGTHS[micro_batch]), VOCAB, generator=generator)
 
 
-def packed(ids: Tensor, lengths: tuple[int, ...]) -> PackedSequences:
-    return PackedSequences(
-        ids=ids,
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        max_seqlen=max(lengths),
-        rows=torch.arange(0),
-    )
-
-
 def measure(mesh: Mesh, models: dict[str, Path]) -> dict[str, Outcome]:
     """The worker: every model on one mesh."""
     from opsd_megatron.distributed.parallel import ParallelDims
@@ -255,12 +253,13 @@ def measure(mesh: Mesh, models: dict[str, Path]) -> dict[str, Outcome]:
     config.model.dtype = "float32"
     config.model.recompute = mesh.recompute
     parallel = config.parallel
-    parallel.tensor, parallel.pipeline, parallel.sequence = mesh.tp, mesh.pp, mesh.sequence
+    parallel.tensor, parallel.pipeline, parallel.context = mesh.tp, mesh.pp, mesh.cp
+    parallel.sequence = mesh.sequence
     parallel.expert, parallel.expert_tensor = mesh.ep, mesh.etp
     parallel.virtual_stages = mesh.vpp
     dims = ParallelDims.initialize(config.parallel)
     seed_everything(0, dims)
-    assert dims.dp == mesh.dp
+    assert (dims.dp, dims.cp) == (mesh.dp, mesh.cp)
     return {name: _measure_one(path, config, dims) for name, path in models.items()}
 
 
@@ -284,7 +283,7 @@ def _measure_one(path: Path, config: Config, dims) -> Outcome:  # type: ignore[n
             alone = [
                 torch.cat(
                     [
-                        _full_logits(_logits(forward_packed(model, packed(part, (len(part),))), model, dims), dims)
+                        _logits(forward_packed(model, Layout.of((len(part),)).sequences(part)), model, dims)
                         for part in token_ids(index).split(lengths)
                     ]
                 )
@@ -306,10 +305,11 @@ def _logits(output: Tensor, model, dims) -> Tensor:  # type: ignore[no-untyped-d
     return hidden @ model.output_head().t()
 
 
-def _full_logits(local: Tensor, dims) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _full_logits(local: Tensor, layout: Layout, dims) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
     from opsd_megatron.distributed.collectives import gather_shards
 
-    return torch.cat(gather_shards(local.detach(), dims.tp_group), dim=1)[:, :VOCAB]
+    own = torch.cat(gather_shards(local.detach(), dims.tp_group), dim=1)[:, :VOCAB]
+    return layout.whole(gather_shards(own, dims.cp_group))
 
 
 def _train_pass(chunks, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
@@ -329,17 +329,20 @@ def _train_pass(chunks, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
     columns = spec.padded_vocab_size(dims.tp) // dims.tp
+    layouts = [Layout.of(lengths, dims.cp) for lengths in LENGTHS]
 
     def forward_step(indices, model):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         index = next(indices)
-        output = forward_packed(model, packed(token_ids(index), LENGTHS[index]))
+        layout = layouts[index]
+        output = forward_packed(model, layout.sequences(token_ids(index), dims.cp_rank))
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             local = _logits(output, model.module, dims)
             padded = torch.nn.functional.pad(coefficients(index), (0, columns * dims.tp - VOCAB))
-            part = padded[:, columns * dims.tp_rank : columns * (dims.tp_rank + 1)]
+            own = layout.part(padded[:, columns * dims.tp_rank : columns * (dims.tp_rank + 1)], dims.cp_rank)
             # One token in all, so that Megatron-Core divides by 1.
-            return (local * part).sum(), torch.tensor(int(index == 0), dtype=torch.int), _full_logits(local, dims)
+            tokens = torch.tensor(int(index == 0 and dims.cp_rank == 0), dtype=torch.int)
+            return (local * own).sum(), tokens, _full_logits(local, layout, dims)
 
         return output, loss
 
@@ -350,7 +353,7 @@ def _train_pass(chunks, spec, dims) -> tuple[list[Tensor], dict[str, Tensor]]:  
         data_iterator=[iter(range(dims.dp_rank, len(LENGTHS), dims.dp)) for _ in wrapped],
         model=wrapped,
         num_microbatches=len(LENGTHS) // dims.dp,
-        seq_length=max(map(sum, LENGTHS)),
+        seq_length=max(sum(layout.lengths) for layout in layouts),
         micro_batch_size=1,
         forward_only=False,
     )
