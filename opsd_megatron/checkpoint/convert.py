@@ -29,7 +29,8 @@ from opsd_megatron.checkpoint.hf_writer import (
     write_hf_directory,
 )
 from opsd_megatron.checkpoint.layout import AdapterSlot, Slot, adapter_slots, find_slots, slots
-from opsd_megatron.checkpoint.state import adapters_of, hf_folder, load_model_weights, save_converted
+from opsd_megatron.checkpoint.record import adapters_of, hf_folder
+from opsd_megatron.checkpoint.state import load_model_weights, save_converted
 from opsd_megatron.checkpoint.tensor_store import Chunk, TensorStore, write_chunks
 from opsd_megatron.config import Config, LoraConfig
 from opsd_megatron.distributed.parallel import ParallelDims

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd_megatron.checkpoint.convert import stored_tensors
 from opsd_megatron.checkpoint.digest import digest, weights_digest
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
-from opsd_megatron.checkpoint.state import hf_folder
+from opsd_megatron.checkpoint.record import hf_folder
 from opsd_megatron.checkpoint.tensor_store import TensorStore
 from opsd_megatron.config import Config
 from opsd_megatron.data.evaluation_sets import EvaluationSet, load_sets
@@ -28,7 +28,8 @@ from opsd_megatron.models.config_file import ConfigFile
 from opsd_megatron.models.families import FAMILIES, read_spec, resolve_model_path
 from opsd_megatron.models.tokenizer import load_tokenizer
 from opsd_megatron.models.weight_map import check_tensors, hf_shapes
-from opsd_megatron.rollout.vllm_engine import VllmEngine, stop_token_ids
+from opsd_megatron.rollout.stop_tokens import stop_token_ids
+from opsd_megatron.rollout.vllm_engine import VllmEngine
 from opsd_megatron.rollout.weight_sync import CheckedStream
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.types import Problem

@@ -11,14 +11,13 @@ branches (sleep and wake, memory fraction) have not been run.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,17 +33,15 @@ from opsd_megatron.rollout.process import (
     process_state_kept,
     random_state_kept,
 )
+from opsd_megatron.rollout.stop_tokens import stop_token_ids
 from opsd_megatron.rollout.vllm_cpu import forget_expert_kernels, private_shared_memory, repack_tied_head
+from opsd_megatron.rollout.vllm_options import engine_options, start_failure
 from opsd_megatron.types import FinishReason, Generation
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.outputs import RequestOutput
 
-# Sequences decoded at a time and tokens run through the model at a time. On CPU there is no memory profile for vLLM to
-# choose by; on CUDA its own defaults for the device hold.
-_CPU_MAX_SEQUENCES = 256
-_CPU_MAX_BATCHED_TOKENS = 8192
 # What vLLM pads a vocabulary to before it cuts it (its DEFAULT_VOCAB_PADDING_SIZE).
 _VOCAB_MULTIPLE = 64
 # vLLM's names of what sleeps and wakes on its own.
@@ -297,35 +294,6 @@ def share(num: int, replicas: int, replica: int) -> range:
     return range(num * replica // replicas, num * (replica + 1) // replicas)
 
 
-def stop_token_ids(model_path: Path) -> tuple[int, ...]:
-    """The tokens that end a response: those of the generation config (else of the model config) and the tokenizer's.
-
-    Raises:
-        EngineError: ``model_path`` has no readable ``config.json``, or names no end-of-sequence token anywhere.
-    """
-    stop: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = model_path / name
-        if name == "config.json" or path.is_file():
-            try:
-                named = json.loads(path.read_text()).get("eos_token_id")
-            except (OSError, ValueError, AttributeError) as error:
-                raise EngineError(f"{path} cannot be read: {error}") from error
-            stop.update([named] if isinstance(named, int) else named or [])
-        if stop:
-            break
-    if (model_path / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer
-
-        eos = AutoTokenizer.from_pretrained(model_path).eos_token_id
-        stop.update([] if eos is None else [eos])
-    if not stop:
-        raise EngineError(
-            f"{model_path} names no end-of-sequence token: set eos_token_id in its generation_config.json"
-        )
-    return tuple(sorted(stop))
-
-
 def _import_vllm() -> None:
     # vLLM logs while it is being imported, before it configures its logger.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
@@ -344,55 +312,10 @@ def _build_llm(model_path: Path, config: Config, max_length: int, *, read_weight
     # What torchrun sets and the external launcher reads; a process started without it is a world of its own.
     os.environ.setdefault("RANK", str(dist.get_rank()))
     os.environ.setdefault("LOCAL_RANK", "0")
-    options: dict[str, Any] = {
-        "model": str(model_path),
-        "load_format": "auto" if read_weights else "dummy",  # dummy weights are random
-        "dtype": config.model.dtype,
-        "tensor_parallel_size": config.engine_tensor,
-        "distributed_executor_backend": "external_launcher",
-        "max_model_len": max_length,
-        "logprobs_mode": "processed_logprobs" if config.needs_sampling_log_probs else "raw_logprobs",
-        "enable_prefix_caching": True,
-        # Tokens in, tokens out: sampling is given in full with every request and nothing is decoded.
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "seed": 0,
-        "use_tqdm_on_load": False,
-    }
-    if torch.cuda.is_available():
-        options |= {
-            "gpu_memory_utilization": config.rollout.memory_fraction,
-            "enable_sleep_mode": True,
-            "enforce_eager": config.rollout.enforce_eager,
-        }
-    else:
-        options |= {
-            "kv_cache_memory_bytes": int(config.rollout.kv_cache_gib * 2**30),
-            "enforce_eager": True,
-            "max_num_seqs": _CPU_MAX_SEQUENCES,
-            "max_num_batched_tokens": _CPU_MAX_BATCHED_TOKENS,
-        }
     try:
-        return LLM(**options)
+        return LLM(**engine_options(model_path, config, max_length, read_weights=read_weights))
     except Exception as error:
-        raise EngineError(_start_failure(error, config, max_length)) from error
-
-
-def _start_failure(error: Exception, config: Config, max_length: int) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    rollout = config.rollout
-    if any(sign in text.lower() for sign in ("kv cache", "memory")):
-        size = (
-            f"rollout.memory_fraction={rollout.memory_fraction}"
-            if torch.cuda.is_available()
-            else f"rollout.kv_cache_gib={rollout.kv_cache_gib}"
-        )
-        remedy = f"change {size}, or lower model.max_length (now {max_length})"
-    elif "divisible" in text:
-        remedy = f"choose rollout.tensor (now {config.engine_tensor}) so that it divides the attention heads"
-    else:
-        remedy = "VLLM_LOGGING_LEVEL=INFO shows vLLM's own account"
-    return f"the rollout engine did not start: {text}; {remedy}"
+        raise EngineError(start_failure(error, config, max_length)) from error
 
 
 def _sampling_params(sampling: Sampling, seed: int, stop_ids: list[int]) -> SamplingParams:

@@ -14,15 +14,11 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from opsd_megatron.checkpoint.compatibility import check_checkpoint
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
-from opsd_megatron.checkpoint.state import (
-    adapters_of,
-    agreed_checkpoint,
-    check_checkpoint,
-    check_output_dir,
-    load_checkpoint,
-    load_model_weights,
-)
+from opsd_megatron.checkpoint.output_dir import agreed_checkpoint, check_output_dir
+from opsd_megatron.checkpoint.record import adapters_of
+from opsd_megatron.checkpoint.state import load_checkpoint, load_model_weights
 from opsd_megatron.config import Config
 from opsd_megatron.data.evaluation_sets import EvaluationSet, load_sets
 from opsd_megatron.data.problems import load_problems
@@ -44,7 +40,8 @@ from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
 from opsd_megatron.objectives import HeadLayout, build_objective
 from opsd_megatron.rollout.engine import RolloutEngine
 from opsd_megatron.rollout.scripted import ScriptedEngine
-from opsd_megatron.rollout.vllm_engine import VllmEngine, stop_token_ids
+from opsd_megatron.rollout.stop_tokens import stop_token_ids
+from opsd_megatron.rollout.vllm_engine import VllmEngine
 from opsd_megatron.teacher.base import StudentFiles, TeacherParts
 from opsd_megatron.teacher.policies import policy_class
 from opsd_megatron.teacher.separate import separate_spec

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from opsd_megatron.checkpoint.state import TrainerState, prune_checkpoints, save_checkpoint
+from opsd_megatron.checkpoint.output_dir import prune_checkpoints
+from opsd_megatron.checkpoint.state import TrainerState, save_checkpoint
 from opsd_megatron.config import Config
 from opsd_megatron.data.context import split_context
 from opsd_megatron.data.packing import PackingLayout, pack, packing_efficiency, plan_micro_batches

@@ -14,7 +14,7 @@ import torch
 from opsd_megatron.checkpoint.convert import compare_tensors, megatron_to_hf
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.checkpoint.layout import find_slots
-from opsd_megatron.checkpoint.state import adapters_of
+from opsd_megatron.checkpoint.record import adapters_of
 from opsd_megatron.checkpoint.tensor_store import TensorStore
 from opsd_megatron.config.lora import PROJECTIONS
 from opsd_megatron.models.families import read_spec

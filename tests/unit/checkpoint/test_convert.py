@@ -21,7 +21,8 @@ from opsd_megatron.checkpoint import convert
 from opsd_megatron.checkpoint.convert import compare_tensors, hf_to_megatron, megatron_to_hf
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.checkpoint.layout import find_slots
-from opsd_megatron.checkpoint.state import hf_folder, load_model_weights
+from opsd_megatron.checkpoint.record import hf_folder
+from opsd_megatron.checkpoint.state import load_model_weights
 from opsd_megatron.checkpoint.tensor_store import TensorStore, write_chunks
 from opsd_megatron.errors import CheckpointError, ModelError
 from opsd_megatron.models.families import read_spec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_megatron.checkpoint.state import check_checkpoint
+from opsd_megatron.checkpoint.compatibility import check_checkpoint
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.families import read_spec
 from tests.distributed import run_distributed

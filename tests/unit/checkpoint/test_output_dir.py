@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 
 from opsd_megatron.checkpoint import atomic
-from opsd_megatron.checkpoint.state import (
-    _begin,
-    check_checkpoint,
-    check_output_dir,
-    hf_folder,
-    latest_checkpoint,
-    prune_checkpoints,
-)
+from opsd_megatron.checkpoint.compatibility import check_checkpoint
+from opsd_megatron.checkpoint.output_dir import check_output_dir, prune_checkpoints
+from opsd_megatron.checkpoint.record import hf_folder, latest_checkpoint
+from opsd_megatron.checkpoint.state import _begin
 from opsd_megatron.errors import CheckpointError, ModelError
 from opsd_megatron.models.families import read_spec
 from tests.tiny import make_tiny_qwen3

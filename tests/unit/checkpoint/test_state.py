@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd_megatron.checkpoint import state, torch_dist
+from opsd_megatron.checkpoint import output_dir, state, torch_dist
 from opsd_megatron.checkpoint.atomic import is_leftover
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
-from opsd_megatron.checkpoint.state import agreed_checkpoint, latest_checkpoint, load_checkpoint, load_model_weights
+from opsd_megatron.checkpoint.output_dir import agreed_checkpoint
+from opsd_megatron.checkpoint.record import latest_checkpoint
+from opsd_megatron.checkpoint.state import load_checkpoint, load_model_weights
 from opsd_megatron.errors import CheckpointError
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3
@@ -262,18 +264,20 @@ def agree(root: Path) -> dict[str, str]:
     outcome = {"none": str(agreed_checkpoint(root / "nowhere"))}
     with pytest.MonkeyPatch.context() as patch:
         if second:
-            patch.setattr(state, "latest_checkpoint", lambda _: root / "step_1")
+            patch.setattr(output_dir, "latest_checkpoint", lambda _: root / "step_1")
         outcome["other"] = str(agreed_checkpoint(root))
     with pytest.MonkeyPatch.context() as patch:
         if second:
-            patch.setattr(state, "_is_complete", lambda _: False)
+            patch.setattr(output_dir, "is_complete", lambda _: False)
         try:
             agreed_checkpoint(root)
         except CheckpointError as error:
             outcome["unshared"] = str(error)
     with pytest.MonkeyPatch.context() as patch:
         if not second:
-            patch.setattr(state, "latest_checkpoint", lambda root: list((root / "step_1" / "trainer.json").iterdir()))
+            patch.setattr(
+                output_dir, "latest_checkpoint", lambda root: list((root / "step_1" / "trainer.json").iterdir())
+            )
         try:
             agreed_checkpoint(root)
         except CheckpointError as error:

@@ -5,9 +5,7 @@ The engine itself is in tests/functional/test_engine.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +14,7 @@ import torch
 
 from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
-from opsd_megatron.rollout.vllm_engine import VllmEngine, _generation, share, stop_token_ids
-from tests.tiny import make_tiny_qwen3
+from opsd_megatron.rollout.vllm_engine import VllmEngine, _generation, share
 
 
 @pytest.mark.parametrize(("num", "replicas"), [(0, 1), (1, 4), (7, 3), (8, 4), (33, 2)])
@@ -25,33 +22,6 @@ def test_shares_tile_and_balance(num: int, replicas: int) -> None:
     shares = [share(num, replicas, replica) for replica in range(replicas)]
     assert [index for own in shares for index in own] == list(range(num))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def write_json(path: Path, **content: object) -> None:
-    path.write_text(json.dumps(content))
-
-
-def test_stop_ids_come_from_the_generation_config_before_the_model_config(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", eos_token_id=3)
-    assert stop_token_ids(tmp_path) == (3,)
-    write_json(tmp_path / "generation_config.json", temperature=1.0)
-    assert stop_token_ids(tmp_path) == (3,)
-    write_json(tmp_path / "generation_config.json", eos_token_id=[9, 5])
-    assert stop_token_ids(tmp_path) == (5, 9)
-
-
-def test_stop_ids_include_the_tokenizers(tmp_path: Path) -> None:
-    model = make_tiny_qwen3(tmp_path, num_layers=1)
-    write_json(tmp_path / "generation_config.json", eos_token_id=256)
-    assert stop_token_ids(model) == (256, 258)
-
-
-def test_no_stop_id_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"config\.json cannot be read"):
-        stop_token_ids(tmp_path)
-    write_json(tmp_path / "config.json")
-    with pytest.raises(EngineError, match="names no end-of-sequence token"):
-        stop_token_ids(tmp_path)
 
 
 def test_log_probs_that_are_not_finite_are_errors() -> None:
