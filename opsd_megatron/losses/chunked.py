@@ -121,7 +121,7 @@ class _LinearRows(torch.autograd.Function):
             scale = _common(grad_loss)
         else:
             if gradients is not None:
-                gradients.wait()
+                gradients.discard()
             gradients = _gradients_again(ctx, grad_loss)
         return gradients.take_hidden(scale), gradients.take_weight(weight, scale), *[None] * 5
 

@@ -22,6 +22,7 @@ _TILE_ROWS = 128
 # On CPU the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen elementwise
 # steps then stay in the cache and never exist for a whole chunk.
 _BLOCK_ELEMENTS = 1 << 19
+_NOT_UNIT = "the loss's upstream gradient is not 1 in all rows, as unit_upstream of the head's weight promises"
 # Rows of a half-precision head that are widened at a time on CPU: few enough to stay in the cache.
 _WIDENED_ROWS = 2048
 
@@ -87,7 +88,10 @@ class Head:
 class HeadGradients:
     """Gradients of the hidden states and the head weight, put together chunk by chunk.
 
-    Only those asked for are formed. Sums are in float32 (float64 for float64 inputs) whatever the inputs' dtype.
+    Only those asked for are formed. Sums are in float32 (float64 for float64 inputs) whatever the inputs' dtype. The
+    weight's is a tensor of its own, as large as the head in float32, until the upstream gradient is known. That is
+    saved where the weight says beforehand that it will be 1 (``weight.unit_upstream = True``) and has a ``main_grad``
+    in the sums' dtype: the chunks are then added there, in forward.
 
     Args:
         hidden: The student's hidden states, ``[R, H]``.
@@ -111,7 +115,11 @@ class HeadGradients:
         self._hidden_in, self._shard, self._reduce_hidden = hidden, shard, reduce_hidden
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self._hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if for_hidden else None
-        self._weight = torch.empty_like(weight, dtype=dtype) if for_weight else None
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        self._at_once = main_grad is not None and main_grad.dtype == dtype and getattr(weight, "unit_upstream", False)
+        self._weight: Tensor | None = None
+        if for_weight:
+            self._weight = main_grad if self._at_once else torch.empty_like(weight, dtype=dtype)
         self._weight_dtype = weight.dtype
         self._summing: Pending | None = None
         self._empty = True
@@ -127,7 +135,8 @@ class HeadGradients:
             self._hidden[rows] = head.hidden_gradient(grad_logits)
         if self._weight is not None:
             true_rows = self._weight[: self._shard.columns]
-            head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows], first=self._empty)
+            first = self._empty and not self._at_once
+            head.add_weight_gradient(true_rows, grad_logits, self._hidden_in[rows], first=first)
         self._empty = False
 
     def complete(self) -> None:
@@ -136,21 +145,31 @@ class HeadGradients:
         Ranks: all of the shard's group. Starts one all-reduce, of the hidden gradient, if it is to be summed and has
         rows; it goes on until the gradient is taken.
         """
-        if self._weight is not None:
+        if self._weight is not None and not self._at_once:
             self._weight[0 if self._empty else self._shard.columns :].zero_()
         if self._hidden is not None and self._hidden.shape[0] and self._reduce_hidden:
             self._summing = self._shard.start_sum(self._hidden)
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         """Wait for the sum that :meth:`complete` started."""
         if self._summing is not None:
             self._summing.wait()
+
+    def discard(self) -> None:
+        """Give up on these gradients, for an upstream gradient that they cannot be scaled to.
+
+        Raises:
+            RuntimeError: The weight's is in ``main_grad`` already.
+        """
+        self._wait()
+        if self._at_once and self._weight is not None and not self._empty:
+            raise RuntimeError(_NOT_UNIT)
 
     def take_hidden(self, scale: Tensor | None) -> Tensor | None:
         """The hidden states' gradient times ``scale`` (a scalar; ``None`` for 1), in their dtype."""
         if self._hidden is None:
             return None
-        self.wait()
+        self._wait()
         return _scaled(self._hidden, scale).to(self._hidden_in.dtype)
 
     def take_weight(self, weight: Tensor, scale: Tensor | None) -> Tensor | None:
@@ -160,14 +179,19 @@ class HeadGradients:
         there is not rounded to the weight's dtype first. It then takes what autograd is given for a dummy that is not
         to be read (``grad_added_to_main_grad``). Where the same weight gets another gradient through autograd (tied
         embeddings on one stage, marked ``zero_out_wgrad``), autograd is given nothing.
+
+        Raises:
+            RuntimeError: ``scale`` is not 1 though the weight said that it would be; on CUDA found out later.
         """
         if self._weight is None:
             return None
-        gradient = _scaled(self._weight, scale)
         main_grad: Tensor | None = getattr(weight, "main_grad", None)
         if main_grad is None:
-            return gradient.to(self._weight_dtype)
-        main_grad.add_(gradient)
+            return _scaled(self._weight, scale).to(self._weight_dtype)
+        if self._at_once:
+            _check_unit(scale)
+        else:
+            main_grad.add_(_scaled(self._weight, scale))
         if getattr(weight, "zero_out_wgrad", False):
             return None
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -253,6 +277,15 @@ def check_same_rows(
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
     for first in range(start, stop, step):
         yield slice(first, min(first + step, stop))
+
+
+def _check_unit(scale: Tensor | None) -> None:
+    if scale is None:
+        return
+    if scale.is_cuda:
+        torch._assert_async(scale == 1, _NOT_UNIT)
+    elif scale != 1:
+        raise RuntimeError(_NOT_UNIT)
 
 
 def _scaled(gradient: Tensor, scale: Tensor | None) -> Tensor:

@@ -39,7 +39,8 @@ def linear_divergence(
         student_hidden: ``[R, H]``, equal on all ranks. Its gradient comes back complete, summed over ``tp_group``.
         student_weight: This rank's shard of the student's head, ``[V/tp, H]``; may be frozen. Where it has a
             ``main_grad`` (Megatron-Core's gradient buffer), its gradient is added to that, without being rounded to the
-            weight's dtype.
+            weight's dtype; already in forward, which saves a tensor of the head's size, where it is marked with
+            ``student_weight.unit_upstream = True``: the gradient of what is derived by this loss is then 1 in all rows.
         teacher_hidden: ``[R, Ht]``; the teacher's sizes may differ from the student's. Gets no gradient.
         teacher_weight: ``[V/tp, Ht]``; gets no gradient.
         beta: 0 is forward KL(teacher || student), 1 reverse KL, in between generalized Jensen-Shannon.

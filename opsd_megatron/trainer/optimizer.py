@@ -79,6 +79,10 @@ def make_trainable(model: Sequence[HiddenStatesGPT], config: Config) -> Trainabl
         )
         for chunk in model
     ]
+    for chunk in model:
+        if chunk.post_process:
+            # Objectives hand over sums of row losses, and finalize_model_grads divides: nothing scales on the way back.
+            chunk.output_head().unit_upstream = True  # type: ignore[attr-defined]
     settled = model[0].config  # one object, which all chunks share
     settled.finalize_model_grads_func = finalize_model_grads
     settled.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsd_megatron.losses import linear_divergence
 from opsd_megatron.losses.head import Head, HeadGradients, row_chunks
 from opsd_megatron.losses.shard import VocabShard
 
@@ -105,3 +106,79 @@ def test_bfloat16_products_on_cpu() -> None:
     # The logits' gradient may be rounded to bfloat16 once, as on CUDA.
     assert bool(((total.double() - exact).abs() <= sizes * 2**-9).all())
     assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+
+
+class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the largest floating-point tensor that an operation made memory for."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.elements = max(self.elements, 0 if result.untyped_storage().data_ptr() in known else result.numel())
+        return result
+
+
+class TestUnitUpstream:
+    """A head whose losses are known to be derived with a gradient of 1 adds to ``main_grad`` in forward."""
+
+    WIDTH, COLUMNS, HIDDEN, ROWS = 5040, 5000, 8, 5  # more columns than are widened at a time
+
+    def _weight(self, dtype: torch.dtype = torch.bfloat16, *, marked: bool = True) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(self.WIDTH, self.HIDDEN, generator=generator).to(dtype).requires_grad_()
+        weight.main_grad = torch.ones(self.WIDTH, self.HIDDEN)  # type: ignore[attr-defined]
+        if marked:
+            weight.unit_upstream = True  # type: ignore[attr-defined]
+        return weight
+
+    def _loss(self, weight: Tensor, seed: int = 0, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(rows, self.HIDDEN, generator=generator).to(weight.dtype).requires_grad_()
+        teacher = torch.randn(rows, self.HIDDEN, generator=generator).to(weight.dtype)
+        loss = linear_divergence(
+            hidden, weight, teacher, weight.detach(), beta=0.5, vocab_size=self.COLUMNS, chunk_rows=2
+        )
+        return hidden, loss
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_same_gradients_without_a_tensor_of_the_heads_size(self, dtype: torch.dtype, tied: bool) -> None:
+        weights = [self._weight(dtype, marked=marked) for marked in (True, False)]
+        found = []
+        for weight in weights:
+            if tied:
+                weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+            with _LargestTensor() as largest:
+                for seed, rows in enumerate((self.ROWS, 0, 3)):
+                    hidden, loss = self._loss(weight, seed, rows)
+                    loss.sum().backward()
+                    assert (weight.grad is None) == tied
+                    assert hasattr(weight, "grad_added_to_main_grad") != tied
+                    weight.grad = None
+            found.append((hidden.grad, largest.elements, weight.main_grad))  # type: ignore[attr-defined]
+        (hidden_grad, _, main_grad), (other_hidden_grad, _, other_main_grad) = found
+        assert torch.equal(hidden_grad, other_hidden_grad)
+        torch.testing.assert_close(main_grad, other_main_grad, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(main_grad[: self.COLUMNS], torch.ones(self.COLUMNS, self.HIDDEN))
+        assert torch.equal(main_grad[self.COLUMNS :], torch.ones(self.WIDTH - self.COLUMNS, self.HIDDEN))
+        # Autograd is given an empty dummy for an untied head, which is as large in either case.
+        if tied:
+            sizes = [elements for _, elements, _ in found]
+            assert sizes[0] < self.COLUMNS * self.HIDDEN <= sizes[1]
+
+    @pytest.mark.parametrize("upstream", [torch.full((5,), 2.0), torch.arange(5.0)])
+    def test_another_gradient_is_an_error(self, upstream: Tensor) -> None:
+        _, loss = self._loss(self._weight())
+        with pytest.raises(RuntimeError, match="unit_upstream"):
+            loss.backward(upstream)
+
+    def test_main_grad_in_half_precision_is_added_to_once(self) -> None:
+        weight = self._weight()
+        weight.main_grad = torch.ones(self.WIDTH, self.HIDDEN, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        _, loss = self._loss(weight)
+        assert (weight.main_grad == 1).all()  # type: ignore[attr-defined]
+        loss.sum().backward()
+        assert not (weight.main_grad == 1).all()  # type: ignore[attr-defined]
