@@ -30,19 +30,41 @@ def _objectives(what: str, has: Callable[[Needs], bool]) -> _Use:
 _DIVERGENCE = _objectives("a divergence", lambda needs: needs.divergence)
 _TEACHER = _objectives("a teacher", lambda needs: needs.teacher)
 _SIBLINGS = _Use("data.privileged=siblings", lambda config: PRIVILEGED[config.data.privileged].siblings)
+# The first update of a step is made with the weights that its responses were drawn with: their ratio is 1.
+_RATIO = _Use("train.updates_per_step above 1", lambda config: config.needs.ratio and config.train.updates_per_step > 1)
+
+
+def _beside(key: str) -> _Use:
+    return _Use(key, lambda config: config.get(key) is not None)
+
+
+def _policy(name: str) -> _Use:
+    return _Use(f"teacher.policy={name}", lambda config: config.teacher.policy == name)
+
 
 # Not here are settings of a recipe that may stay where another objective is chosen on top: objective.beta and clip.
 USES: dict[str, _Use] = {
     "objective.top_k": _DIVERGENCE,
+    "objective.top_k_side": _beside("objective.top_k"),
+    "objective.top_k_tail": _beside("objective.top_k"),
     "objective.entropy_gate": _DIVERGENCE,
+    "objective.entropy_gate_keep": _beside("objective.entropy_gate"),
+    "objective.position_midpoint": _beside("objective.position_floor"),
+    "objective.position_width": _beside("objective.position_floor"),
     "objective.importance_cap": _objectives("sampled responses", lambda needs: needs.rollouts),
+    "objective.ratio_clip_low": _RATIO,
+    "objective.ratio_clip_high": _RATIO,
     "objective.advantage_std": _objectives("groups of responses", lambda needs: needs.groups),
     "objective.log_ratio_clip": _Use("objective.name=sampled_token", lambda c: c.objective.name == "sampled_token"),
     "objective.grpo_weight": _Use("objective.name=opsd_grpo", lambda c: c.objective.name == "opsd_grpo"),
     # The recipes for adapters name adapter_off, which stays where another objective is chosen on top.
     "teacher.policy": _Use(_TEACHER.needs, lambda c: c.needs.teacher or c.teacher.policy == "adapter_off"),
+    "teacher.ema_decay": _policy("ema"),
+    "teacher.refresh_every": _policy("refresh"),
+    "teacher.trust_region_mix": _policy("trust_region"),
     "data.privileged": _TEACHER,
     "data.analyse_first": _TEACHER,
+    "data.analysis_max_tokens": _Use("data.analyse_first=true", lambda config: config.data.analyse_first),
     "data.teach_correct": _SIBLINGS,
     "data.sibling_thoughts": _SIBLINGS,
 }

@@ -208,6 +208,16 @@ def test_objectives_refuse_what_they_cannot_use(overrides: list[str], message: s
         (["objective=grpo", "objective.top_k=5"], "objective.top_k=5 does nothing with objective.name=grpo"),
         (["objective=grpo", "objective.log_ratio_clip=1"], "log_ratio_clip=1.0 .* needs objective.name=sampled_token"),
         (["objective=grpo", "objective.grpo_weight=2"], "grpo_weight=2.0 .* needs objective.name=opsd_grpo; .* at 1.0"),
+        (
+            ["objective=grpo", "objective.ratio_clip_high=0.28"],
+            "high=0.28 .* needs train.updates_per_step above 1; .*0.2",
+        ),
+        (["objective=opsd_grpo", "objective.ratio_clip_low=0.1"], "low=0.1 .* needs train.updates_per_step above 1"),
+        (["objective.top_k_side=student"], "top_k_side=student .* needs objective.top_k; leave it at teacher"),
+        (["objective.entropy_gate_keep=high"], "entropy_gate_keep=high .* needs objective.entropy_gate; .* at low"),
+        (["objective.position_width=0.2"], "position_width=0.2 .* needs objective.position_floor; leave it at 0.1"),
+        (["teacher=live", "teacher.ema_decay=0.9"], "teacher.ema_decay=0.9 .* needs teacher.policy=ema; .* at 0.99"),
+        (["data.analysis_max_tokens=9"], "data.analysis_max_tokens=9 .* needs data.analyse_first=true"),
         (["objective.advantage_std=false"], "advantage_std=false .* needs groups .*; leave it at true"),
         (["objective=grpo", "teacher=ema"], "teacher.policy=ema .* needs a teacher .*; leave it at frozen"),
         (["objective=sft", "data.privileged=siblings"], "data.privileged=siblings .* needs a teacher"),
@@ -219,6 +229,11 @@ def test_objectives_refuse_what_they_cannot_use(overrides: list[str], message: s
 def test_settings_without_effect_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_config([*REQUIRED, *overrides]).validate(1)
+
+
+def test_the_ratios_bounds_are_for_several_updates() -> None:
+    several = ["objective=grpo", "rollout.samples_per_problem=4", "train.updates_per_step=2"]
+    compose_config([*REQUIRED, *several, "objective.ratio_clip_high=0.28"]).validate(1)
 
 
 @pytest.mark.parametrize("objective", ["sft", "grpo", "sampled_token", "opsd_grpo"])
