@@ -92,8 +92,8 @@ class ObjectiveConfig:
         entropy_gate_keep: ``low``: keep tokens whose entropy is at most ``entropy_gate``, where the teacher is sure.
             ``high``: keep the others.
         log_ratio_clip: ``sampled_token``: bound on ``|log p_T - log p_S|`` of a token; ``None`` for none.
-        ratio_clip_low: ``grpo``: how far a token's ratio to its probability before the step's first update may fall
-            below 1 before its gradient ends.
+        ratio_clip_low: ``grpo`` with ``train.updates_per_step`` above 1: how far a token's ratio to its probability
+            before the step's first update may fall below 1 before its gradient ends.
         ratio_clip_high: How far it may rise above 1.
         advantage_std: ``grpo``: divide a reward's distance from its group's mean by the group's standard deviation;
             ``false`` leaves it, as in Dr. GRPO (arXiv 2503.20783).
@@ -298,6 +298,10 @@ class EvaluationConfig:
         max_problems: Use only the first so many problems; ``None`` for all.
         samples_per_problem: Responses drawn for each problem, the ``n`` of avg@n; pass@k and maj@k are for ``k`` up to
             it.
+        responses_per_call: Responses drawn in one call of the engine, on all its replicas together, all of a problem in
+            one call. What is drawn is judged and on disk before the next call, so a kill costs one call and memory is
+            bounded by one; but the engine idles while the last responses of a call come in. It does not change what is
+            drawn.
         temperature: Sampling temperature; 0 is greedy.
         top_p: Nucleus mass.
         top_k: Candidates kept; -1 for all.
@@ -312,6 +316,7 @@ class EvaluationConfig:
     at_end: bool = True
     max_problems: int | None = None
     samples_per_problem: int = 4
+    responses_per_call: int = 1024
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1

@@ -118,6 +118,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluation.every": (0, None),
     "evaluation.max_problems": (1, None),
     "evaluation.samples_per_problem": (1, 1000),
+    "evaluation.responses_per_call": (1, None),
     "evaluation.temperature": (0, None),
     "evaluation.max_new_tokens": (1, None),
     "checkpoint.every": (0, None),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -18,14 +19,16 @@ from opsd_megatron.distributed.collectives import broadcast_object
 from opsd_megatron.errors import DataError
 from opsd_megatron.evaluation.answers import Judge, Verdict
 from opsd_megatron.evaluation.figures import EvaluationResult, summarize
-from opsd_megatron.evaluation.records import ProblemRecord, SampleRecord, record_lines
+from opsd_megatron.evaluation.record_file import RecordFile
+from opsd_megatron.evaluation.records import ProblemRecord, SampleRecord
 from opsd_megatron.evaluation.votes import vote_groups
 from opsd_megatron.rollout.engine import RolloutEngine, Sampling
-from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.types import Generation, Problem
 
 # Keeps the seeds of evaluation apart from those of rollouts, which have another number in this place.
 _SEEDS = 1
+
+_Found = TypeVar("_Found")
 
 
 class StudentPrompts(Protocol):
@@ -144,8 +147,12 @@ def evaluate(
     sampling: Sampling,
     seed: int,
     records_path: Path | None = None,
+    resume: bool = False,
 ) -> EvaluationResult:
     """Sample ``config.samples_per_problem`` responses to each problem and judge them.
+
+    Problems are taken in turn, ``config.responses_per_call`` responses at a time. What one call of the engine has given
+    is judged and on disk before the next one: memory does not grow with the set, and a kill costs one call.
 
     Ranks: every rank of the world calls it with equal arguments; replicas of the engine share the samples. Judging and
     writing happen on rank 0, whose result is broadcast; it is the same on every rank.
@@ -155,35 +162,46 @@ def evaluate(
         problems: Problems with answers; all are used.
         prompts: Renders the student's prompt.
         tokenizer: Decodes responses, for judging only.
-        config: Samples per problem and time limit of judging are used.
+        config: Samples per problem, responses per call and time limit of judging are used.
         sampling: How responses are drawn.
         seed: Seeds sampling and bootstrap. A sample's seed depends on it, on the problem's place and on the sample's
-            number only, so two models evaluated with one seed are a paired comparison.
+            number only, so two models evaluated with one seed are a paired comparison, and it does not matter how many
+            problems are sampled at a time.
         records_path: Where to write one JSON object a problem, responses included. A file already there is set aside.
+        resume: What is there, finished or not, is an earlier part of this evaluation: go on after it.
 
     Raises:
-        DataError: There is no problem, or one has no answer.
+        DataError: There is no problem, or one has no answer; or what is to be resumed is of other problems.
         OutputError: ``records_path`` cannot be written. Like every error of rank 0 it is raised on all ranks.
     """
     check_answers(problems)
-    k = config.samples_per_problem
-    repeated = [prompt for problem in problems for prompt in [tuple(prompts.student(problem))] * k]
-    seeds = [drawn for place in range(len(problems)) for drawn in _sample_seeds(seed, place, k)]
-    generations = engine.generate(repeated, sampling, seeds=seeds)
+    k, file = config.samples_per_problem, RecordFile(records_path)
+    at_once = max(1, config.responses_per_call // k)
+    done = on_rank_0(lambda: file.begin(problems, resume=resume))
+    with Judge(seconds=config.judge_seconds) as judge:
+        for first in range(done, len(problems), at_once):
+            places = range(first, min(first + at_once, len(problems)))
+            own = [problems[place] for place in places]
+            repeated = [prompt for problem in own for prompt in [tuple(prompts.student(problem))] * k]
+            seeds = [drawn for place in places for drawn in _sample_seeds(seed, place, k)]
+            generations = engine.generate(repeated, sampling, seeds=seeds)
+            on_rank_0(partial(_keep, file, own, generations, tokenizer, judge))
+    return on_rank_0(lambda: summarize(file.finish(), seed=seed))
 
-    def judge() -> EvaluationResult:
-        texts = [tokenizer.decode(list(drawn.token_ids), skip_special_tokens=True) for drawn in generations]
-        records = judged_records(problems, generations, texts, seconds=config.judge_seconds)
-        if records_path is not None:
-            set_aside(records_path)
-            write_atomically(records_path, record_lines(records))
-        return summarize(records, seed=seed)
 
-    return _on_rank_0(judge)
+def _keep(
+    file: RecordFile,
+    problems: Sequence[Problem],
+    generations: Sequence[Generation],
+    tokenizer: Decoder,
+    judge: Judge,
+) -> None:
+    texts = [tokenizer.decode(list(drawn.token_ids), skip_special_tokens=True) for drawn in generations]
+    file.add(judged_records(problems, generations, texts, judge))
 
 
 def judged_records(
-    problems: Sequence[Problem], generations: Sequence[Generation], texts: Sequence[str], *, seconds: float
+    problems: Sequence[Problem], generations: Sequence[Generation], texts: Sequence[str], judge: Judge
 ) -> list[ProblemRecord]:
     """Judge responses and count which wrong answers agree.
 
@@ -191,15 +209,14 @@ def judged_records(
         problems: With answers.
         generations: ``[problems * k]``, in the order of ``problems``.
         texts: What they say, likewise.
-        seconds: Limit on judging one answer.
+        judge: Judges them.
 
     Raises:
         JudgeError: The judging process cannot start.
     """
     k = len(generations) // len(problems)
-    with Judge(seconds=seconds) as judge:
-        verdicts = judge.verdicts(texts, [problem.answer or "" for problem in problems for _ in range(k)])
-        votes = _votes(judge, texts, verdicts, k)
+    verdicts = judge.verdicts(texts, [problem.answer or "" for problem in problems for _ in range(k)])
+    votes = _votes(judge, texts, verdicts, k)
     samples = [
         SampleRecord(
             text,
@@ -238,18 +255,20 @@ def _sample_seeds(seed: int, place: int, k: int) -> list[int]:
     return [int(word) for word in np.random.SeedSequence([seed, _SEEDS, place]).generate_state(k) % 2**31]
 
 
-def _on_rank_0(action: Callable[[], EvaluationResult]) -> EvaluationResult:
-    """What ``action`` returns on rank 0, on every rank; its error is raised on all, so that none waits for others."""
-    result: EvaluationResult | None = None
+def on_rank_0(action: Callable[[], _Found]) -> _Found:
+    """What ``action`` returns on rank 0, on every rank; its error is raised on all, so that none waits for others.
+
+    Ranks: every rank of the world, or a process without a group.
+    """
+    found: list[_Found] = []
     failure: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            result = action()
+            found = [action()]
         except Exception as error:
             failure = error
     if dist.is_initialized():
-        result, failure = broadcast_object((result, failure))
+        found, failure = broadcast_object((found, failure))
     if failure is not None:
         raise failure
-    assert result is not None
-    return result
+    return found[0]

@@ -22,7 +22,7 @@ from opsd_megatron.config import Config
 from opsd_megatron.data.evaluation_sets import EvaluationSet, load_sets
 from opsd_megatron.data.prompts import PromptBuilder, check_prompts
 from opsd_megatron.evaluation.answers import Judge
-from opsd_megatron.evaluation.evaluate import evaluate, evaluation_prompts, sampling_of
+from opsd_megatron.evaluation.evaluate import evaluate, evaluation_prompts, on_rank_0, sampling_of
 from opsd_megatron.evaluation.figures import EvaluationResult
 from opsd_megatron.models.config_file import ConfigFile
 from opsd_megatron.models.families import FAMILIES, read_spec, resolve_model_path
@@ -31,10 +31,12 @@ from opsd_megatron.models.weight_map import check_tensors, hf_shapes
 from opsd_megatron.rollout.stop_tokens import stop_token_ids
 from opsd_megatron.rollout.vllm_engine import VllmEngine
 from opsd_megatron.rollout.weight_sync import CheckedStream
-from opsd_megatron.telemetry.files import set_aside, write_atomically
+from opsd_megatron.telemetry.files import set_aside, write_atomically, writing
 from opsd_megatron.types import Problem
 
 RESULTS = "results.json"
+# There from the first sample to the last figure: what is being evaluated, set by set.
+UNFINISHED = "unfinished.json"
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,14 @@ class StandAlone:
     def run(self, show: Callable[[str], None]) -> dict[str, EvaluationResult]:
         """Evaluate, and write ``output_dir/SET.jsonl`` for each set and ``output_dir/results.json``.
 
-        Files of an earlier evaluation are set aside. What is finished is on disk before the next set begins.
+        Problems are on disk when they are done. Where an evaluation was ended before its time in this directory, sets
+        that it had begun with the same weights, problems, prompts and settings go on after the last problem done. Other
+        files of an earlier evaluation are set aside.
 
         Ranks: every rank of the world, once the default process group exists; the result is the same on all of them.
 
         Args:
-            show: Gets a line of text after each set.
+            show: Gets lines of text on rank 0: after each set, and on what goes on.
 
         Raises:
             EngineError: The engine cannot start.
@@ -114,8 +118,9 @@ class StandAlone:
         output_dir = Path(self.config.output_dir)
         writes = dist.get_rank() == 0
         engine = self._start_engine()
-        if writes:
-            set_aside(output_dir / RESULTS)
+        begun = on_rank_0(lambda: self._begin(output_dir))
+        if writes and begun:
+            show(f"going on where this evaluation was ended: {', '.join(begun)}")
         results: dict[str, EvaluationResult] = {}
         for one, problems in self.sets:
             results[one.name] = evaluate(
@@ -127,12 +132,40 @@ class StandAlone:
                 sampling=sampling_of(self.config),
                 seed=self.config.train.seed,
                 records_path=output_dir / f"{one.name}.jsonl",
+                resume=one.name in begun,
             )
             if writes:
                 write_atomically(output_dir / RESULTS, [json.dumps(self._document(results), indent=2) + "\n"])
                 show(summary(one.name, results[one.name]))
+        if writes:
+            with writing(output_dir / UNFINISHED):
+                (output_dir / UNFINISHED).unlink()
         engine.close()
         return results
+
+    def _begin(self, output_dir: Path) -> list[str]:
+        """Say in ``output_dir`` what is going to be evaluated, and return the sets that have been begun already.
+
+        What is not theirs is set aside first: a file of records beside :data:`UNFINISHED` is of the evaluation that it
+        tells of.
+        """
+        identities = {one.name: self._identity(problems) for one, problems in self.sets}
+        earlier = _read_identities(output_dir / UNFINISHED)
+        begun = [name for name, identity in identities.items() if earlier.get(name) == identity]
+        for name in identities.keys() - begun:
+            set_aside(output_dir / f"{name}.jsonl")
+            set_aside(output_dir / f"{name}.jsonl.part")
+        set_aside(output_dir / RESULTS)
+        write_atomically(output_dir / UNFINISHED, [json.dumps({"sets": identities}, indent=2) + "\n"])
+        return begun
+
+    def _identity(self, problems: Sequence[Problem]) -> str:
+        """A digest of everything that the records of a set follow from."""
+        settings = self.config.evaluation
+        asked = [(*astuple(problem), list(self.prompts.student(problem))) for problem in problems]
+        how = [settings.samples_per_problem, settings.judge_seconds, self.config.train.seed]
+        model = [self.weights, self.config.model.dtype]
+        return digest([json.dumps([model, astuple(sampling_of(self.config)), how, asked]).encode()])
 
     def _start_engine(self) -> VllmEngine:
         if self.checkpoint is None:
@@ -182,6 +215,15 @@ def summary(name: str, result: EvaluationResult) -> str:
     parts += [share("boxed", result.box_rate.value), share("truncated", result.truncated.value)]
     parts.append(f"{result.mean_tokens.value:.0f} tokens")
     return f"{name}: {result.num_problems} problems, {', '.join(parts)}"
+
+
+def _read_identities(path: Path) -> dict[str, Any]:
+    """The sets of an evaluation that was ended before its time; none where the file tells of none."""
+    try:
+        sets = json.loads(path.read_text())["sets"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return sets if isinstance(sets, dict) else {}
 
 
 def _read_model(source: Path, *, stored_there: bool) -> tuple[int, PreTrainedTokenizerBase]:

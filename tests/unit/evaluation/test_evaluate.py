@@ -299,8 +299,83 @@ def _write_below_a_file(path: Path) -> str:
 def test_records_that_cannot_be_written_are_an_error_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "evaluations").touch()
     first, second = run_distributed(_write_below_a_file, 2, tmp_path / "evaluations", timeout=60.0)
-    assert first == second and first.startswith(f"cannot write {tmp_path}/evaluations/step_1.jsonl: ")
+    assert first == second and first.startswith(f"cannot write {tmp_path}/evaluations/step_1.jsonl.part: ")
 
 
 def test_an_error_of_rank_0_reaches_every_rank() -> None:
     assert run_distributed(_fail_on_rank_0, 2, timeout=60.0) == ["rank 0 cannot judge"] * 2
+
+
+@dataclass
+class SeededEngine(FixedEngine):
+    """Answers by prompt and seed alone, as engines do; stops the process, so to speak, in call number ``fails_in``."""
+
+    texts: Sequence[str] = ()
+    fails_in: int | None = None
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Generation]:
+        self.calls.append(([tuple(prompt) for prompt in prompts], sampling, list(seeds)))
+        if len(self.calls) == self.fails_in:
+            raise KeyboardInterrupt
+        return [
+            generation(f"{sum(prompt)} \\boxed{{{seed % 3 + 1}}}") for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+FIVE = [problem(number) for number in range(1, 6)]
+
+
+def in_parts(engine: FixedEngine, path: Path, *, at_most: int, resume: bool = False) -> EvaluationResult:
+    config = EvaluationConfig(samples_per_problem=2, responses_per_call=at_most)
+    return evaluate(
+        engine, FIVE, Prompts(), Characters(), config, sampling=SAMPLING, seed=5, records_path=path, resume=resume
+    )
+
+
+@pytest.mark.parametrize(("at_most", "calls"), [(1, [2] * 5), (4, [4, 4, 2]), (7, [6, 4]), (10, [10])])
+def test_how_many_responses_a_call_draws_changes_nothing(tmp_path: Path, at_most: int, calls: list[int]) -> None:
+    whole = in_parts(SeededEngine(), tmp_path / "whole.jsonl", at_most=1000)
+    engine = SeededEngine()
+    assert in_parts(engine, tmp_path / "parts.jsonl", at_most=at_most) == whole
+    assert [len(prompts) for prompts, _, _ in engine.calls] == calls
+    assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_what_is_done_survives_a_kill(tmp_path: Path) -> None:
+    whole = in_parts(SeededEngine(), tmp_path / "whole.jsonl", at_most=1000)
+    path, part = tmp_path / "records.jsonl", tmp_path / "records.jsonl.part"
+    with pytest.raises(KeyboardInterrupt):
+        in_parts(SeededEngine(fails_in=4), path, at_most=2)
+    assert not path.exists() and part.read_text() == "".join((tmp_path / "whole.jsonl").open().readlines()[:3])
+    with part.open("a") as file:  # a line that was being written
+        file.write((tmp_path / "whole.jsonl").read_text().splitlines()[3][:40])
+    engine = SeededEngine()
+    assert in_parts(engine, path, at_most=1000, resume=True) == whole
+    assert [prompts for prompts, _, _ in engine.calls] == [[Prompts().student(one) for one in FIVE[3:] for _ in "ab"]]
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text() and not part.exists()
+    done = SeededEngine()
+    assert in_parts(done, path, at_most=2, resume=True) == whole and not done.calls
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["records.jsonl", "whole.jsonl"]
+
+
+def test_an_evaluation_that_does_not_go_on_sets_aside_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        in_parts(SeededEngine(fails_in=2), path, at_most=2)
+    left = (tmp_path / "records.jsonl.part").read_text()
+    engine = SeededEngine()
+    in_parts(engine, path, at_most=2)
+    assert len(engine.calls) == 5
+    (kept,) = tmp_path.glob("records.jsonl.part.replaced-*")
+    assert kept.read_text() == left and len(left.splitlines()) == 1
+
+
+def test_records_of_other_problems_are_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    in_parts(SeededEngine(), path, at_most=10)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(DataError, match=r"records\.jsonl: holds records of other problems"):
+        in_parts(SeededEngine(), path, at_most=10, resume=True)

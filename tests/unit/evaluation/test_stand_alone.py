@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,10 @@ from opsd_megatron.errors import EXIT_BAD_INPUT, OpsdError
 from opsd_megatron.evaluate import main, run
 from opsd_megatron.evaluation.answers import Judge, JudgeError
 from opsd_megatron.evaluation.stand_alone import StandAlone
+from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.train import compose_config
+from opsd_megatron.types import Generation
+from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3
 
 
@@ -128,3 +134,76 @@ def test_compare_of_what_is_not_there_is_one_line(
     monkeypatch.setattr("sys.argv", ["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
     assert main() == EXIT_BAD_INPUT
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a: is no file, and no directory")
+
+
+class Killed(Exception):
+    """What ends an evaluation here."""
+
+
+class Engine:
+    """Answers by seed alone; is killed in call number ``fails_in``."""
+
+    def __init__(self, fails_in: int | None) -> None:
+        self.sizes: list[int] = []
+        self._fails_in = fails_in
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Generation]:
+        self.sizes.append(len(prompts))
+        if len(self.sizes) == self._fails_in:
+            raise Killed
+        ids = [tuple(f"\\boxed{{{seed % 5}}}".encode()) for seed in seeds]
+        return [Generation(own, (0.0,) * len(own), "stop") for own in ids]
+
+    def close(self) -> None:
+        pass
+
+
+def _evaluations(runs: list[tuple[list[str], int | None]]) -> list[tuple[list[int], list[str]]]:
+    """The worker: what each run asked of the engine, and the lines that it showed."""
+    found = []
+    for overrides, fails_in in runs:
+        engine, shown = Engine(fails_in), list[str]()
+        started = mock.patch.object(StandAlone, "_start_engine", lambda self, engine=engine: engine)
+        with started, mock.patch.object(Judge, "start"):  # a second for each run
+            try:
+                StandAlone.check(compose_config(overrides)).run(shown.append)
+            except Killed:
+                shown.append("killed")
+        found.append((engine.sizes, shown))
+    return found
+
+
+def test_an_evaluation_that_was_killed_goes_on_where_it_ended(model: Path, data: Path, tmp_path: Path) -> None:
+    """Two sets of 5 problems and 2 samples, 4 responses a call: the first takes calls 1 to 3, the second 4 to 6."""
+
+    def settings(name: str, *more: str) -> list[str]:
+        return arguments(
+            model, data, f"evaluation.sets=[one@{data},two@{data}]", "evaluation.samples_per_problem=2",
+            "evaluation.responses_per_call=4", f"output_dir={tmp_path / name}", *more,
+        )  # fmt: skip
+
+    def files(name: str) -> dict[str, Any]:
+        return {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
+
+    runs = [
+        (settings("whole"), None),
+        (settings("parted"), 5),
+        (settings("parted", "train.seed=1"), 1),  # another evaluation: it goes on with nothing, and neither with it
+        (settings("parted"), 6),
+        (settings("again"), 5),
+        (settings("again"), None),
+        (settings("again"), None),
+    ]
+    (whole, first, other, second, begun, resumed, anew), on_rank_1 = run_distributed(_evaluations, 2, runs)
+    assert [sizes for sizes, _ in on_rank_1] == [one[0] for one in (whole, first, other, second, begun, resumed, anew)]
+    assert (whole[0], first[0], other[0]) == ([4, 4, 2, 4, 4, 2], [4, 4, 2, 4, 4], [4])
+    assert second[0] == [4, 4, 2, 4, 4, 2] and second[1][-1] == "killed"
+    assert any(name.startswith("one.jsonl.replaced") for name in files("parted"))
+    assert resumed[0] == [4, 2] and resumed[1][0] == "going on where this evaluation was ended: one, two"
+    # A finished one is done anew, and the earlier is set aside.
+    assert anew[0] == whole[0] and len(files("again")) == 3 + 4
+    for name in ("one.jsonl", "two.jsonl", "results.json"):
+        assert files("again")[name] == files("whole")[name]
+    assert sorted(files("whole")) == ["one.jsonl", "results.json", "two.jsonl"]
