@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
@@ -81,7 +81,7 @@ def optimizer_step(
     trainable: Trainable,
     objective: Objective,
     micro_batches: Sequence[PackedMicroBatch],
-    targets: Sequence[TeacherTargets | None],
+    targets: MutableSequence[TeacherTargets | None],
     dims: ParallelDims,
     *,
     accept: Callable[[Mapping[str, float]], None] = lambda metrics: None,
@@ -95,7 +95,8 @@ def optimizer_step(
         trainable: The student.
         objective: Gives the loss.
         micro_batches: This data-parallel rank's share.
-        targets: The teacher's side of each.
+        targets: The teacher's side of each. They are taken out one by one, so that each is freed after its loss unless
+            the caller holds it elsewhere.
         dims: The mesh.
         accept: Sees the metrics, equal on every rank, before the update, and raises where there must be none.
         advance: Move the schedule on first: in the first update of a step.
@@ -199,19 +200,20 @@ def _forward_backward(
     chunks: list[DistributedDataParallel],
     objective: Objective,
     micro_batches: Sequence[PackedMicroBatch],
-    targets: Sequence[TeacherTargets | None],
+    targets: MutableSequence[TeacherTargets | None],
     dims: ParallelDims,
 ) -> list[LossOutput]:
     """Megatron's schedule over the student side; the outputs are there on the last pipeline stage only."""
 
     def forward_step(
-        pairs: Iterator[tuple[PackedMicroBatch, TeacherTargets | None]], model: DistributedDataParallel
+        numbered: Iterator[tuple[int, PackedMicroBatch]], model: DistributedDataParallel
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, LossOutput]]]:
-        batch, target = next(pairs)
+        number, batch = next(numbered)
         output = forward_packed(model, batch.student)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
             hidden = response_hidden(output, batch.student.rows, dims)
+            target, targets[number] = targets[number], None
             result = objective.loss(hidden, model.module.output_head(), batch, target)
             rows = torch.tensor(batch.num_rows, dtype=torch.int, device=output.device)
             detached = LossOutput(result.loss_sum.detach(), result.sums, result.maxima)
@@ -221,7 +223,7 @@ def _forward_backward(
 
     outputs: list[LossOutput] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(zip(micro_batches, targets, strict=True)) for _ in chunks],
+        data_iterator=[iter(enumerate(micro_batches)) for _ in chunks],
         model=chunks,
         num_microbatches=len(micro_batches),
         # Only a bound: stages exchange the true shape of every micro-batch (variable_seq_lengths).

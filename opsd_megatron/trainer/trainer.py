@@ -157,7 +157,7 @@ class Trainer:
                 share.micro_batches = with_old_log_probs(self.trainable, objective, share.micro_batches, self.dims)
         results = []
         for number, share in enumerate(shares):
-            targets: Sequence[TeacherTargets | None] = [None] * len(share.micro_batches)
+            targets: list[TeacherTargets | None] = [None] * len(share.micro_batches)
             if self.teacher is not None:
                 with timer("teacher"):
                     targets = self.teacher.targets(share.micro_batches)
@@ -170,7 +170,7 @@ class Trainer:
         step: int,
         number: int,
         micro_batches: Sequence[PackedMicroBatch],
-        targets: Sequence[TeacherTargets | None],
+        targets: list[TeacherTargets | None],
     ) -> StepResult:
         try:
             return optimizer_step(

@@ -7,6 +7,7 @@ across vocabulary shards, the division by the step's tokens. The expected gradie
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -221,10 +222,31 @@ def _gradients(path: Path, tp: int, pp: int, sequence: bool) -> list[dict[str, T
             gradients.update(_exported(chunks, spec, dims))
             raise _Enough
 
+        targets = _targets(spec, dims)
+        watched = _FreesTargets(objective, targets)
         with pytest.raises(_Enough):
-            optimizer_step(trainable, objective, batches, _targets(spec, dims), dims, accept=capture)
+            optimizer_step(trainable, cast(Any, watched), batches, targets, dims, accept=capture)
+        watched.check(len(targets))
         found.append(gradients)
     return found
+
+
+class _FreesTargets:
+    """The objective, which finds that of the teacher's hidden states nothing outlives its micro-batch."""
+
+    def __init__(self, objective: Any, targets: list[Any]) -> None:
+        self._objective = objective
+        self._hidden = [None if target is None else weakref.ref(target.hidden) for target in targets]
+        self._calls = 0
+
+    def loss(self, *inputs: Any) -> Any:
+        self.check(self._calls)
+        self._calls += 1
+        return self._objective.loss(*inputs)
+
+    def check(self, done: int) -> None:
+        states = [None if hidden is None else hidden() is not None for hidden in self._hidden]
+        assert all(not state for state in states[:done]) and all(state is not False for state in states[done:])
 
 
 def _moved(batch: PackedMicroBatch) -> PackedMicroBatch:
