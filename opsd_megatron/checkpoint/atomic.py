@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from opsd_megatron.errors import CheckpointError
-from opsd_megatron.telemetry.files import sync_to_disk
+from opsd_megatron.telemetry.files import refusal, sync_to_disk
 
 _MARKER = ".opsd_megatron_incomplete"
 
@@ -67,7 +67,8 @@ def begin(output: Path) -> Path:
         temporary.mkdir(parents=True)
         (temporary / _MARKER).touch()
     except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error}") from error
+        discard(temporary)
+        raise cannot_write(output, error) from error
     return temporary
 
 
@@ -128,10 +129,15 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         publish(temporary, output)
     except OSError as error:
         discard(temporary)
-        raise CheckpointError(f"cannot write {output}: {error}; nothing was left there") from error
+        raise cannot_write(output, error) from error
     except BaseException:
         discard(temporary)
         raise
+
+
+def cannot_write(output: Path, error: OSError) -> CheckpointError:
+    """The error for a directory that could not be completed and was discarded."""
+    return CheckpointError(f"cannot write {output}: {refusal(error, output)}; nothing was left there")
 
 
 def remove(directory: Path) -> None:

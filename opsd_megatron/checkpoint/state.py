@@ -104,9 +104,14 @@ def save_checkpoint(
             "lora": _lora(model),
         }
         torch_dist.on_rank_zero(_finish, directory, record, Path(source))
-    except BaseException:
+    except BaseException as error:
         if dist.get_rank() == 0:
             atomic.discard(temporary)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{atomic.cannot_write(directory, error)}, and earlier checkpoints are as they were. Make room there; "
+                "checkpoint.resume=true then goes on from the newest, and checkpoint.keep=N keeps the newest N only"
+            ) from error
         raise
 
 
@@ -130,7 +135,7 @@ def save_converted(directory: str | Path, write: Callable[[Path], None], *, sour
         _finish(directory, record, Path(source))
     except OSError as error:
         atomic.discard(temporary)
-        raise CheckpointError(f"cannot write {directory}: {error}; nothing was left there") from error
+        raise atomic.cannot_write(directory, error) from error
     except BaseException:
         atomic.discard(temporary)
         raise

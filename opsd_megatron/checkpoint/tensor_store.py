@@ -13,7 +13,7 @@ import math
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -85,17 +85,27 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk]) -> None:
             torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        # Where the disk is full, torch.save ends with an error of its own about the file's position.
-        raise next((each for each in _chain(cause) if isinstance(each, OSError)), cause) from error
-    torch.save({}, folder / COMMON_STATE_FNAME)
+        raise disk_error(cause) or cause from error
+    save_common({}, folder)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised upon."""
-    while error is not None:
-        yield error
+def save_common(state: dict[str, Any], folder: Path) -> None:
+    """Write what is no tensor. ``torch.save`` on a file would hide what the disk said.
+
+    Raises:
+        OSError: The disk failed.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (folder / COMMON_STATE_FNAME).write_bytes(buffer.getbuffer())
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said behind an error: where it is full, torch.save ends with one about the file's position."""
+    while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
+    return error
 
 
 class _ChunkPlanner(SavePlanner):

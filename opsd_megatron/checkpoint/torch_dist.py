@@ -22,7 +22,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, Checkpoin
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -32,9 +31,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from opsd_megatron.checkpoint.tensor_store import read_metadata
+from opsd_megatron.checkpoint.tensor_store import disk_error, read_metadata, save_common
 from opsd_megatron.distributed.collectives import broadcast_object
 from opsd_megatron.errors import CheckpointError, OpsdError
 
@@ -61,25 +62,26 @@ def on_rank_zero(action: Callable[..., T], *args: Any) -> T:
     Ranks: every rank of the world; the (picklable) result is valid on all of them.
 
     Raises:
-        CheckpointError: ``action`` raised an ``OSError`` or an ``OpsdError``; the same on every rank.
+        CheckpointError: ``action`` raised an ``OpsdError``; the same on every rank.
+        OSError: ``action`` raised it; the same on every rank.
         Exception: Whatever else ``action`` raised, a defect: itself on rank 0, a ``RuntimeError`` that quotes it on
             the others, which would wait for rank 0 otherwise.
     """
     result: T | None = None
-    failure: str | None = None
+    failure: CheckpointError | OSError | None = None
     defect: Exception | None = None
     if dist.get_rank() == 0:
         try:
             result = action(*args)
         except OpsdError as error:
-            failure = str(error)
+            failure = CheckpointError(str(error))
         except OSError as error:
-            failure = f"cannot write {error.filename or args[0]}: {error.strerror or error}"
+            failure = OSError(error.errno, error.strerror or str(error), error.filename)
         except Exception as error:
             defect = error
     result, failure, quoted = broadcast_object((result, failure, repr(defect) if defect else None))
     if failure is not None:
-        raise CheckpointError(failure)
+        raise failure
     if defect is not None:
         raise defect
     if quoted is not None:
@@ -207,22 +209,38 @@ def write(state: dict[str, Any], folder: Path) -> None:
     Ranks: every rank; ``folder`` is on a file system that all of them share.
 
     Raises:
-        CheckpointError: A rank could not write (disk full) or the ranks do not share the folder; raised on every rank.
+        OSError: A rank could not write (disk full); raised on every rank.
+        CheckpointError: The ranks do not share the folder; raised on every rank.
     """
     sharded, common = save_preprocess(state)
-    on_rank_zero(TorchCommonSaveStrategy("torch", 1).save_common, common, str(folder))
+    on_rank_zero(save_common, common, folder)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # mcore's use of torch, not ours
             torch_checkpoint.save(
                 mcore_to_pyt_state_dict(by_key, is_loading=False),
-                storage_writer=FileSystemWriter(folder, thread_count=1),
+                storage_writer=_Writer(folder, thread_count=1),
                 planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             )
     except CheckpointException as error:
+        for rank, (cause, _) in error.failures.items():
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, f"rank {rank}: {cause.strerror or cause}", cause.filename) from error
         raise CheckpointError(f"cannot write {folder}: {_first_failure(error)}") from error
     on_rank_zero(_complete, folder)
+
+
+class _Writer(FileSystemWriter):
+    """Fails with what the disk said: errors travel to the other ranks without those that they were raised upon."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if (said := disk_error(error)) is None:
+                raise
+            raise OSError(said.errno, said.strerror, said.filename) from None
 
 
 def _complete(folder: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from opsd_megatron.errors import OutputError
+
+# No room: on the device, or within the user's quota.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -22,9 +27,21 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; check the free space and the permissions there, or write "
+            f"cannot write {path}: {refusal(error, path)}; check the free space and the permissions there, or write "
             "to another directory"
         ) from error
+
+
+def refusal(error: OSError, path: Path) -> str:
+    """What the file system said against writing ``path``; where there was no room, also which file system that is."""
+    reason = error.strerror or str(error)
+    if error.errno not in _FULL:
+        return reason
+    mount = path.absolute().parent.resolve()
+    while not os.path.ismount(mount):
+        mount = mount.parent
+    room = shutil.disk_usage(mount)
+    return f"{reason} ({room.free / 1e9:.3g} of {room.total / 1e9:.3g} GB are free in the file system at {mount})"
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
