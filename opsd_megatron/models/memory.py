@@ -14,7 +14,6 @@ from functools import partial
 
 from opsd_megatron.config import Config, LoraConfig
 from opsd_megatron.models.qwen3 import Qwen3Spec
-from opsd_megatron.models.qwen3_moe import Qwen3MoeSpec
 from opsd_megatron.models.rules import EMBEDDING, FINAL_NORM, HEAD
 from opsd_megatron.models.stages import stage_layers
 from opsd_megatron.models.weight_map import Placement, placements, shard_shape
@@ -213,8 +212,9 @@ def _activations(spec: Qwen3Spec, config: Config) -> int:
 
 
 def _mlp_elements(spec: Qwen3Spec, config: Config, layer: int, sp: int) -> float:
-    if not (isinstance(spec, Qwen3MoeSpec) and spec.experts_in(layer)):
+    used, rows = spec.experts_used(layer)
+    if not used:
         return 4 * spec.ffn_size / config.parallel.tensor
     # Each token goes to as many experts as it chooses, and to all the ranks that an expert is cut over.
     parts = config.expert_tensor
-    return spec.experts_per_token * parts / sp * (2 * spec.hidden_size + 4 * spec.expert_ffn_size / parts)
+    return used * parts / sp * (2 * spec.hidden_size + 4 * rows / parts)

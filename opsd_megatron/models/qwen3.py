@@ -98,6 +98,10 @@ class Qwen3Spec:
         """Experts of a layer (from 0); 0 where it has a plain MLP."""
         return 0
 
+    def experts_used(self, layer: int) -> tuple[int, int]:
+        """Experts of a layer (from 0) that a token goes through, and FFN rows of each; 0 and 0 for a plain MLP."""
+        return 0, 0
+
     @property
     def num_experts(self) -> int:
         """Experts of the layers that have any; 0 for a dense model."""

@@ -86,6 +86,10 @@ class Qwen3MoeSpec(Qwen3Spec):
         sparse = (layer + 1) % self.sparse_step == 0 and layer not in self.dense_layers
         return self.experts if sparse else 0
 
+    def experts_used(self, layer: int) -> tuple[int, int]:
+        """See :meth:`Qwen3Spec.experts_used`."""
+        return (self.experts_per_token, self.expert_ffn_size) if self.experts_in(layer) else (0, 0)
+
     def layer_rules(self, layer: int) -> tuple[Rule, ...]:
         """See :meth:`Qwen3Spec.layer_rules`."""
         return (*ATTENTION, *EXPERTS, *NORMS) if self.experts_in(layer) else super().layer_rules(layer)

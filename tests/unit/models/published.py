@@ -54,6 +54,7 @@ MOE: dict[str, Any] = DENSE | {
     "router_aux_loss_coef": 0.001,
     "tie_word_embeddings": False,
 }
+_BASE = {"eos_token_id": 151643, "max_position_embeddings": 32768}
 _LONG = {"max_position_embeddings": 262144, "rope_theta": 5000000}
 
 
@@ -71,16 +72,21 @@ _235B = MOE | _shape(94, 4096, 12288, 64) | {"moe_intermediate_size": 1536, "max
 # Name -> config.json and number of parameters, a tied head counted once.
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "0.6B": (DENSE, 596_049_920),
-    "0.6B-Base": (DENSE | {"eos_token_id": 151643, "max_position_embeddings": 32768}, 596_049_920),
+    "0.6B-Base": (DENSE | _BASE, 596_049_920),
     "1.7B": (DENSE | _shape(28, 2048, 6144, 16, tied=True), 1_720_574_976),
     "4B": (DENSE | _shape(36, 2560, 9728, 32, tied=True), 4_022_468_096),
+    "4B-Base": (DENSE | _shape(36, 2560, 9728, 32, tied=True) | _BASE, 4_022_468_096),
+    "4B-Instruct-2507": (DENSE | _shape(36, 2560, 9728, 32, tied=True) | _LONG, 4_022_468_096),
     "4B-Thinking-2507": (DENSE | _shape(36, 2560, 9728, 32, tied=True) | _LONG, 4_022_468_096),
     "8B": (DENSE | _shape(36, 4096, 12288, 32), 8_190_735_360),
+    "8B-Base": (DENSE | _shape(36, 4096, 12288, 32) | _BASE, 8_190_735_360),
     "14B": (DENSE | _shape(40, 5120, 17408, 40), 14_768_307_200),
     "32B": (DENSE | _shape(64, 5120, 25600, 64), 32_762_123_264),
     "30B-A3B": (MOE, 30_532_122_624),
+    "30B-A3B-Base": (MOE | _BASE, 30_532_122_624),
     "30B-A3B-Instruct-2507": (MOE | _LONG | {"rope_theta": 10000000}, 30_532_122_624),
     "235B-A22B": (_235B, 235_093_634_560),
+    "235B-A22B-Instruct-2507": (_235B | _LONG, 235_093_634_560),
     "235B-A22B-Thinking-2507": (_235B | _LONG, 235_093_634_560),
 }
 
