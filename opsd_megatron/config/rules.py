@@ -206,7 +206,7 @@ def _check_engine(config: Config, world_size: int) -> None:
     if world_size % config.engine_tensor:
         raise ConfigError(
             f"engine groups tile the world: rollout.tensor={config.engine_tensor} does not divide the world size "
-            f"{world_size}"
+            f"{world_size}; choose one that does, such as rollout.tensor={math.gcd(config.engine_tensor, world_size)}"
         )
 
 

@@ -98,7 +98,7 @@ def test_composition_errors_name_the_key(overrides: list[str], message: str) -> 
             3,
             "parallel.expert=2 . parallel.expert_tensor=1 does not divide the 3 ranks of a pipeline",
         ),
-        ("rollout.tensor=2", 3, "rollout.tensor=2 does not divide the world size 3"),
+        ("rollout.tensor=2", 3, "rollout.tensor=2 does not divide the world size 3; choose .* rollout.tensor=1"),
         ("rollout.engine=scripted", 1, "rollout.script"),
         ("optimizer.min_lr=1", 1, "optimizer.min_lr"),
         ("evaluation.every=5", 1, "data.eval"),
