@@ -61,7 +61,9 @@ def test_run_stops_before_the_update(tmp_path: Path) -> None:
     )
     run_distributed(train_and_expect, 2, [unbounded], None)
     (line,) = read_metrics(tmp_path / "logged")
-    assert line["log_prob_gap"] > 0.5
+    assert line["log_prob_gap_max"] >= line["log_prob_gap"] > 0.5
+    # The engine is certain of every token: the estimator of KL(engine || trainer) is p - 1 - log p of the trainer's p.
+    assert 0 < line["log_prob_kl"] < line["log_prob_gap"] == pytest.approx(-line["student_log_prob"], rel=1e-4)
 
     # No answer is right, so that grpo has nothing to learn from, and no update whose pass would show the gap.
     meshes: dict[str, dict[str, object]] = {
