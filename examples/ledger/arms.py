@@ -18,6 +18,7 @@ CLIP_MODES = ("entry", "bregman", "rescale", "token", "none")
 # Beta and clip mode. In between the two KLs bregman is entry: their losses and runs are equal bit for bit.
 DIVERGENCES = tuple((beta, mode) for beta in BETAS for mode in CLIP_MODES if (beta, mode) != ("0.5", "bregman"))
 TAU = "0.05"
+OTHER_TAUS = ("0.01", "0.25")
 CONTROLS = {"none": "no reference", "shuffled": "another problem's reference"}
 
 
@@ -91,7 +92,7 @@ def _arms() -> Iterator[Arm]:
             name = f"control_{privileged}_{beta}_{mode}"
             yield Arm(name, f"control_{privileged}", f"{title}, {_title(beta, mode)}", overrides, ONE_SEED)
     for beta, mode in (("0.5", "entry"), ("0", "bregman"), ("0.5", "rescale")):
-        for tau in ("0.01", "0.25"):
+        for tau in OTHER_TAUS:
             overrides, title = divergence(beta, mode, tau), f"OPSD, {_title(beta, mode, tau)}"
             yield Arm(f"tau_{beta}_{mode}_{tau}", "tau", title, overrides, ONE_SEED)
 

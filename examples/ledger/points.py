@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from examples.ledger.arms import ARMS, DIVERGENCES, STEPS, Arm
+from examples.ledger.arms import ARMS, DIVERGENCES, OTHER_TAUS, STEPS, TAU, Arm
 from examples.ledger.bases import BASES
 from examples.ledger.results import Record
 from opsd_megatron.evaluation.statistics import Interval
 
+# Settings that are no further apart than this, in points of accuracy, are not chosen between by accuracy.
+MARGIN = 5.0
 BASE_ARM = Arm("base", "baseline", "base model, after its warm-start")
 
 
@@ -164,3 +166,43 @@ def choices(ledger: Ledger) -> list[Choice]:
         worst = min(shuffled) if len(shuffled) == len(others) else None
         found.append(Choice(beta, mode, known, unexplained, worst, min(len(p.seeds) for p in known.values())))
     return sorted(found, key=lambda each: (bool(each.unexplained), -each.worst))
+
+
+def level(ranked: Sequence[Choice]) -> list[Choice]:
+    """Of :func:`choices` those that could be the defaults, the one that should be first.
+
+    They change nothing without a reference, are within :data:`MARGIN` of the best such setting on every base, and both
+    their controls are in. First comes the one that does best where references belong to other problems.
+    """
+    sound = [each for each in ranked if each.unexplained == 0 and each.shuffled is not None]
+    if not sound:
+        return []
+    best = {base: max(each.points[base].value for each in sound) for base in sound[0].points}
+    found = [each for each in sound if all(point.value >= best[base] - MARGIN for base, point in each.points.items())]
+    return sorted(found, key=lambda each: -(each.shuffled or 0.0))
+
+
+def seed_range(ranked: Sequence[Choice]) -> float:
+    """How far the seeds of one setting lie apart, in points, where that is most; of those without several seeds 0."""
+    return max((point.highest - point.lowest for each in ranked for point in each.points.values()), default=0.0)
+
+
+def taus(ledger: Ledger, choice: Choice) -> dict[str, dict[str, Point]]:
+    """A setting's accuracy on each base by tau, those taus that were run on every base; ``arms.TAU`` first."""
+    found = {TAU: choice.points}
+    for tau in OTHER_TAUS:
+        points = {base: ledger.point(base, f"tau_{choice.beta}_{choice.mode}_{tau}") for base in choice.points}
+        known = {base: point for base, point in points.items() if point is not None}
+        if len(known) == len(points):
+            found[tau] = known
+    return found
+
+
+def best_tau(by_tau: dict[str, dict[str, Point]]) -> str:
+    """``arms.TAU``, the paper's, unless another is better on some base by more than the margin and worse on none."""
+    usual = by_tau[TAU]
+    for tau, points in by_tau.items():
+        gains = [point.value - usual[base].value for base, point in points.items()]
+        if max(gains) > MARGIN and min(gains) >= -MARGIN:
+            return tau
+    return TAU

@@ -10,7 +10,7 @@ import numpy as np
 from examples.ledger.arms import ARMS, CONTROLS, DIVERGENCES, MAIN_SEEDS, STEPS, TAU
 from examples.ledger.bases import BASES
 from examples.ledger.pictures import draw_accuracy, draw_controls
-from examples.ledger.points import BASE_ARM, Choice, Ledger, choices
+from examples.ledger.points import BASE_ARM, MARGIN, Choice, Ledger, best_tau, choices, level, seed_range, taus
 from examples.ledger.results import Record
 from opsd_megatron.evaluation.statistics import Interval
 from opsd_megatron.telemetry.files import write_atomically
@@ -59,6 +59,12 @@ _CHOICE_HEAD = """\
 Ranked by a rule that was written before the runs: last the settings whose control without a reference moves from the
 base model on any base; else by the accuracy on the base where they do worst. The last column is not part of the rule:
 the accuracy, on the worst base, where the references belong to other problems, as some of a data set's may.
+"""
+
+_DEFAULTS_HEAD = f"""\
+Several settings are within {MARGIN:.0f} points of the best one on every base, too near to choose between by accuracy:
+the intervals above do not cover what another seed would do. Between those, the default is the one that does best where
+references belong to other problems. (This second rule was added when the first runs of all three bases were in.)
 """
 
 
@@ -202,7 +208,31 @@ def _choice_section(ledger: Ledger) -> str:
         for number, each in enumerate(ranked, 1)
     ]
     columns = ("", "beta", "clip", *bases, "worst seed", "changes without a reference", "another problem's reference")
-    return "\n".join((_CHOICE_HEAD, counted, "", _table(columns, rows)))
+    return "\n".join((_CHOICE_HEAD, counted, "", _table(columns, rows), *_defaults(ledger, ranked)))
+
+
+def _defaults(ledger: Ledger, ranked: Sequence[Choice]) -> list[str]:
+    """What the shipped defaults are, and what tau is among them."""
+    candidates = level(ranked)
+    if not candidates:
+        return []
+    chosen = candidates[0]
+    by_tau = taus(ledger, chosen)
+    tau = best_tau(by_tau)
+    names = "; ".join(f"beta {each.beta}, {each.mode} ({each.shuffled:.1f})" for each in candidates)
+    apart = seed_range(candidates)
+    rows = [(each, *points.values()) for each, points in by_tau.items()]
+    return [
+        "",
+        _DEFAULTS_HEAD,
+        f"- Level, with their accuracy under other problems' references on the worst base: {names}.",
+        *([f"- Seeds of one of these settings lie up to {apart:.1f} points apart."] if apart else []),
+        f"- **Defaults: `objective.beta={chosen.beta}`, `objective.clip_mode={chosen.mode}`, `objective.clip={tau}`.**",
+        "",
+        f"The same with other taus. The paper's {TAU} stays unless another is as far ahead on some base and behind on none:",
+        "",
+        _table(("tau", *chosen.points), rows),
+    ]
 
 
 def _unexplained(choice: Choice) -> str:

@@ -67,6 +67,9 @@ class ParallelConfig:
 class ObjectiveConfig:
     """What is minimised.
 
+    The defaults of ``beta``, ``clip`` and ``clip_mode`` come from docs/results.md, "Choosing a divergence": of the
+    settings that learn about equally well, the one that is hurt least by references that belong to other problems.
+
     Attributes:
         name: ``opsd`` (divergence to the teacher on the student's own rollouts), ``sampled_token`` (its policy gradient
             on the sampled tokens alone), ``sft`` (cross-entropy on given responses), ``grpo`` (policy gradient on

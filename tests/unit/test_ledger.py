@@ -13,11 +13,11 @@ import pytest
 
 from examples.ledger import bases, runner
 from examples.ledger.arms import ARMS, CONTROLS, DIVERGENCES, ONE_SEED, Arm, common_overrides
-from examples.ledger.points import BASE_ARM, Ledger, choices, interval
+from examples.ledger.points import BASE_ARM, Ledger, best_tau, choices, interval, level, seed_range, taus
 from examples.ledger.report import page, write_report
 from examples.ledger.results import Record, add_record, identifying_settings, pack, read_ledger, read_run, unpack
 from examples.ledger.runner import LedgerRunner, Run, arm_config, arm_settings, pending
-from opsd_megatron.config import Config
+from opsd_megatron.config import Config, ObjectiveConfig
 from opsd_megatron.evaluation.statistics import Interval, bootstrap_interval
 
 
@@ -215,6 +215,52 @@ def test_choices_put_what_gains_from_nothing_last() -> None:
     assert ranked[0].unexplained == 0 and ranked[1].unexplained is None
     assert ranked[2].unexplained is not None and ranked[2].unexplained > 0
     assert [each.shuffled for each in ranked] == [None, None, 30.0]
+    assert seed_range(ranked) == pytest.approx(40)
+
+
+def test_level_settings_are_told_apart_by_other_problems_references() -> None:
+    """The better one wins only by more than the margin; what gains from nothing, or is not known, never."""
+    records = [record("C", "sft_own", 0.9, start=0.5)]
+    for name, own, none, shuffled in (
+        ("0.5_entry", 0.85, 0.5, 0.8),
+        ("0.5_rescale", 0.875, 0.5, 0.3),
+        ("1_entry", 0.8, 0.5, 0.9),
+        ("0_entry", 1.0, 0.9, 0.95),
+        ("0_none", 0.9, None, 0.95),
+    ):
+        records += [record("C", f"opsd_{name}", own), record("C", f"control_shuffled_{name}", shuffled)]
+        records += [] if none is None else [record("C", f"control_none_{name}", none)]
+    found = level(choices(Ledger(records)))
+    assert [(each.beta, each.mode) for each in found] == [("0.5", "entry"), ("0.5", "rescale")]
+
+
+@pytest.mark.parametrize(
+    ("by_tau", "best"),
+    [
+        ({"C": {"0.25": 0.9, "0.01": 0.5}}, "0.05"),  # hardly better
+        ({"C": {"0.25": 1.0, "0.01": 0.5}}, "0.25"),
+        ({"C": {"0.25": 1.0, "0.01": 0.9}, "B": {"0.25": 0.3, "0.01": 0.85}}, "0.05"),  # better and worse
+        ({"C": {"0.25": 1.0}, "B": {}}, "0.05"),  # not in on every base
+    ],
+)
+def test_tau_stays_unless_another_is_better(by_tau: dict[str, dict[str, float]], best: str) -> None:
+    records = []
+    for base, accuracies in by_tau.items():
+        records += [record(base, "opsd_0.5_entry", 0.85)]
+        records += [record(base, f"tau_0.5_entry_{tau}", accuracy) for tau, accuracy in accuracies.items()]
+    ledger = Ledger(records)
+    assert seed_range(choices(ledger)) == 0
+    assert best_tau(taus(ledger, choices(ledger)[0])) == best
+
+
+def test_the_shipped_defaults_are_those_of_the_committed_ledger() -> None:
+    ledger = Ledger(read_ledger(bases.ROOT / "docs" / "results" / "ledger.jsonl"))
+    if ledger.bases != list(bases.BASES):
+        pytest.skip("not all bases are in")
+    chosen = level(choices(ledger))[0]
+    shipped = ObjectiveConfig()
+    assert (shipped.beta, shipped.clip_mode) == (float(chosen.beta), chosen.mode)
+    assert shipped.clip == float(best_tau(taus(ledger, chosen)))
 
 
 def test_the_report_says_what_came_out(tmp_path: Path) -> None:
