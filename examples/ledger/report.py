@@ -229,7 +229,7 @@ def _defaults(ledger: Ledger, ranked: Sequence[Choice]) -> list[str]:
         *([f"- Seeds of one of these settings lie up to {apart:.1f} points apart."] if apart else []),
         f"- **Defaults: `objective.beta={chosen.beta}`, `objective.clip_mode={chosen.mode}`, `objective.clip={tau}`.**",
         "",
-        f"The same with other taus. The paper's {TAU} stays unless another is as far ahead on some base and behind on none:",
+        f"Other taus. The paper's {TAU} stays unless another is as far ahead on some base and as far behind on none:",
         "",
         _table(("tau", *chosen.points), rows),
     ]
