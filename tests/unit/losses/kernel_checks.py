@@ -20,8 +20,8 @@ from opsd_megatron.losses import (
     linear_divergence_with_diagnostics,
     vocab_parallel_divergence,
 )
+from tests.unit.losses.linear_checks import Problem, expected_diagnostics, grad
 from tests.unit.losses.reference import Case, dense_divergence, shard_of, world, worst
-from tests.unit.losses.test_linear import Problem, _expected_diagnostics, _grad
 
 Through = Callable[[], AbstractContextManager[None]]
 ROWS, WIDTH = 5, 320
@@ -85,7 +85,7 @@ def check_case(
     factor = problem.upstream if weighted else 1
     assert loss.dtype == torch.float32
     assert worst(loss.detach().cpu(), expected.detach() * factor, 1.0) < 1e-5
-    facts = _expected_diagnostics(problem, case)
+    facts = expected_diagnostics(problem, case)
     assert set(facts) == {field.name for field in fields(Diagnostics)}
     for name, value in facts.items():
         assert worst(getattr(diagnostics, name).cpu(), value, 1.0) < 1e-5, name
@@ -99,9 +99,9 @@ def check_case(
         (leaves[0], grad_hidden, terms),
         (leaves[1], shard_of(grad_weight, 0, group), torch.zeros(1)),
     ):
-        assert _grad(leaf).dtype == dtype
+        assert grad(leaf).dtype == dtype
         bound = 1e-5 + (0 if dtype == torch.float32 else exact.abs() * 2**-8 + rounded * 2**-9)
-        assert ((_grad(leaf).cpu() - exact).abs() <= bound).all()
+        assert ((grad(leaf).cpu() - exact).abs() <= bound).all()
 
 
 def check_cases(through: Through, device: str, every: int = 1) -> None:
@@ -136,7 +136,7 @@ def check_equal_sides(through: Through, device: str, every: int = 1) -> None:
             )
             loss.sum().backward()
             facts = (diagnostics.divergence, diagnostics.clip_fraction, diagnostics.forward_kl, diagnostics.reverse_kl)
-            for tensor in (loss, _grad(hidden), _grad(weight), *facts):
+            for tensor in (loss, grad(hidden), grad(weight), *facts):
                 assert torch.equal(tensor, torch.zeros_like(tensor)), case
             assert torch.equal(diagnostics.top1_agreement, torch.ones_like(loss))
 
@@ -169,7 +169,7 @@ def check_extras(through: Through, device: str) -> None:
                 extras=extras,
             )
             loss.sum().backward()
-        results.append([tensor.detach().cpu() for tensor in (loss, _grad(leaves[0]), _grad(leaves[1]))])
+        results.append([tensor.detach().cpu() for tensor in (loss, grad(leaves[0]), grad(leaves[1]))])
     for found, expected in zip(*results, strict=True):
         assert worst(found, expected, 1.0) < 1e-5
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Literal
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,208 +21,29 @@ from opsd_megatron.losses import (
     linear_sampled_token,
 )
 from tests.distributed import run_distributed
+from tests.unit.losses.linear_checks import (
+    HIDDEN,
+    ROWS,
+    SUPPORTS,
+    WIDTH,
+    Problem,
+    cross_entropy_differences,
+    divergence_differences,
+    expected_diagnostics,
+    grad,
+    sampled_token_differences,
+    topk_differences,
+)
 from tests.unit.losses.reference import (
     BETAS,
     Case,
     all_cases,
     count_collectives,
     dense_divergence,
-    dense_topk,
-    entries,
-    on_support,
     shard_of,
     world,
     worst,
 )
-
-ROWS, HIDDEN, TEACHER_HIDDEN, WIDTH = 7, 6, 5, 48
-
-
-@dataclass
-class Problem:
-    """Whole inputs, equal on every rank; weights hold ``vocab`` true rows and NaN below them."""
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    targets: Tensor
-    upstream: Tensor
-    vocab: int
-
-    @classmethod
-    def draw(
-        cls, vocab: int, dtype: torch.dtype, rows: int = ROWS, seed: int = 0, padding: int | None = None
-    ) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        padding = WIDTH - vocab if padding is None else padding
-        pad = torch.full((padding, 1), torch.nan, dtype=dtype)
-        return cls(
-            normal(rows, HIDDEN),
-            torch.cat([normal(vocab, HIDDEN), pad.expand(-1, HIDDEN)]),
-            normal(rows, TEACHER_HIDDEN),
-            torch.cat([normal(vocab, TEACHER_HIDDEN), pad.expand(-1, TEACHER_HIDDEN)]),
-            torch.randint(vocab, (rows,), generator=generator),
-            torch.rand(rows, generator=generator, dtype=torch.float64) + 0.5,
-            vocab,
-        )
-
-    def logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Float64 leaves for hidden states and true head rows, and both sides' logits on top of them."""
-        hidden = self.student_hidden.detach().double().clone().requires_grad_()
-        weight = self.student_weight.detach().double()[: self.vocab].clone().requires_grad_()
-        teacher = self.teacher_hidden.double() @ self.teacher_weight.double()[: self.vocab].t()
-        return hidden, weight, hidden @ weight.t(), teacher
-
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """The targets' log-probabilities."""
-        return logits.log_softmax(1).gather(1, self.targets.unsqueeze(1)).squeeze(1)
-
-    def gradients(self, loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the reference loss, that of the weight with zero rows for the padding."""
-        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight), self.upstream)
-        padding = len(self.student_weight) - self.vocab
-        return grad_hidden, torch.cat([grad_weight, grad_weight.new_zeros(padding, grad_weight.shape[1])])
-
-    def leaves(self, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's inputs; student's take gradients."""
-        return (
-            self.student_hidden.clone().requires_grad_(),
-            shard_of(self.student_weight, 0, group).requires_grad_(),
-            self.teacher_hidden.clone(),
-            shard_of(self.teacher_weight, 0, group),
-        )
-
-    def vocab_size(self) -> int | None:
-        return None if self.vocab == len(self.student_weight) else self.vocab
-
-
-def _grad(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
-
-
-def _divergence_differences(
-    problem: Problem, case: Case, chunk_rows: int | None, unit: float | None, *, weighted: bool
-) -> float:
-    """Largest difference of loss, hidden gradient and this rank's weight gradient from the reference.
-
-    ``weighted``: rows are weighted inside, and backward scales the gradients that forward has formed. Otherwise the
-    upstream gradient differs between rows, and backward forms them anew.
-    """
-    group = world()
-    leaves = problem.leaves(group)
-    loss = linear_divergence(
-        *leaves,
-        **asdict(case),
-        tp_group=group,
-        vocab_size=problem.vocab_size(),
-        chunk_rows=chunk_rows,
-        row_weights=4 * problem.upstream if weighted else None,
-    )
-    if weighted:
-        (loss.sum() / 4).backward()
-    else:
-        loss.backward(problem.upstream.to(loss.dtype))
-    hidden, weight, student, teacher = problem.logits()
-    expected = dense_divergence(student, teacher, case)
-    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
-    if weighted:
-        expected, loss = expected * problem.upstream, loss / 4
-    return max(
-        worst(loss.detach(), expected.detach(), unit),
-        worst(_grad(leaves[0]), grad_hidden, unit),
-        worst(_grad(leaves[1]), shard_of(grad_weight, 0, group), unit or max(float(grad_weight.abs().max()), 1e-300)),
-    )
-
-
-def _cross_entropy_differences(problem: Problem, chunk_rows: int | None) -> float:
-    group = world()
-    student_hidden, student_weight, _, _ = problem.leaves(group)
-    loss = linear_cross_entropy(
-        student_hidden,
-        student_weight,
-        problem.targets,
-        tp_group=group,
-        vocab_size=problem.vocab_size(),
-        chunk_rows=chunk_rows,
-    )
-    loss.backward(problem.upstream.to(loss.dtype))
-    hidden, weight, student, _ = problem.logits()
-    expected = torch.nn.functional.cross_entropy(student, problem.targets, reduction="none")
-    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
-    return max(
-        worst(loss.detach(), expected.detach(), 1.0),
-        worst(_grad(student_hidden), grad_hidden, 1.0),
-        worst(_grad(student_weight), shard_of(grad_weight, 0, group), 1.0),
-    )
-
-
-SUPPORTS = [
-    TopK(k, side, tail) for k in (1, 4, 29) for side in ("teacher", "student") for tail in ("bucket", "renormalise")
-]
-
-
-def _topk_differences(problem: Problem, case: Case, support: TopK, chunk_rows: int | None) -> float:
-    group = world()
-    leaves = problem.leaves(group)
-    loss, diagnostics = linear_divergence_with_diagnostics(
-        *leaves,
-        **asdict(case),
-        tp_group=group,
-        vocab_size=problem.vocab_size(),
-        chunk_rows=chunk_rows,
-        support=support,
-        row_weights=problem.upstream,
-        target_ids=problem.targets,
-    )
-    loss.sum().backward()
-    hidden, weight, student, teacher = problem.logits()
-    expected = dense_topk(student, teacher, case, support)
-    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
-    facts = _expected_diagnostics(problem, case, support)
-    return max(
-        worst(loss.detach(), expected.detach() * problem.upstream, 1.0),
-        worst(_grad(leaves[0]), grad_hidden, 1.0),
-        worst(_grad(leaves[1]), shard_of(grad_weight, 0, group), 1.0),
-        # Diagnostics are float32 in any case.
-        1e-6 * max(worst(getattr(diagnostics, name), value, 1.0) for name, value in facts.items()),
-    )
-
-
-def _sampled_token_differences(problem: Problem, temperature: float, clip: float | None) -> float:
-    """Of loss, log-probabilities and gradients from the definition, by autograd on dense logits."""
-    group = world()
-    leaves = problem.leaves(group)
-    loss, log_probs = linear_sampled_token(
-        *leaves,
-        problem.targets,
-        temperature=temperature,
-        clip=clip,
-        tp_group=group,
-        vocab_size=problem.vocab_size(),
-        chunk_rows=3,
-        row_weights=problem.upstream,
-    )
-    loss.sum().backward()
-    hidden, weight, student, teacher = problem.logits()
-    s, t = (problem.log_probs(side / temperature) for side in (student, teacher))
-    bracket = (t - s).detach()
-    expected = -(bracket if clip is None else bracket.clamp(-clip, clip)) * s
-    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
-    return max(
-        worst(loss.detach(), expected.detach() * problem.upstream),
-        worst(log_probs.student, s.detach()),
-        worst(log_probs.teacher, t),
-        worst(log_probs.student_at_1, problem.log_probs(student).detach()),
-        worst(log_probs.teacher_at_1, problem.log_probs(teacher)),
-        worst(_grad(leaves[0]), grad_hidden),
-        worst(_grad(leaves[1]), shard_of(grad_weight, 0, group), max(float(grad_weight.abs().max()), 1e-300)),
-    )
 
 
 def _check_mesh(every: int = 1) -> None:
@@ -235,19 +55,19 @@ def _check_mesh(every: int = 1) -> None:
             problem = Problem.draw(vocab, dtype)
             for number, case in enumerate(all_cases()[:: (3 if vocab == 43 else 17) * every]):
                 weighted = number % 2 == 0
-                difference = _divergence_differences(
+                difference = divergence_differences(
                     problem, case, chunks[number % len(chunks)], unit, weighted=weighted
                 )
                 assert difference < tolerance, (vocab, dtype, case, weighted, difference)
             for chunk_rows in chunks:
-                difference = _cross_entropy_differences(problem, chunk_rows)
+                difference = cross_entropy_differences(problem, chunk_rows)
                 assert difference < tolerance, (vocab, dtype, chunk_rows, difference)
             for number, case in enumerate(all_cases()[:: 13 * every]):
                 support = SUPPORTS[number % len(SUPPORTS)]
-                difference = _topk_differences(problem, case, support, chunks[number % len(chunks)])
+                difference = topk_differences(problem, case, support, chunks[number % len(chunks)])
                 assert difference < tolerance, (vocab, dtype, case, support, difference)
             for temperature, clip in ((1.0, None), (0.7, 0.5), (1.1, None)):
-                difference = _sampled_token_differences(problem, temperature, clip)
+                difference = sampled_token_differences(problem, temperature, clip)
                 assert difference < tolerance, (vocab, dtype, temperature, clip, difference)
     _check_collectives()
     _check_diagnostics(every)
@@ -284,36 +104,9 @@ def _check_collectives() -> None:
     with count_collectives() as counts:
         linear_cross_entropy(hidden, weight, problem.targets, tp_group=group, chunk_rows=3).sum().backward()
         assert counts() == (several, several * 3)
-        linear_sampled_token(hidden, weight, *teacher, problem.targets, tp_group=group, chunk_rows=3)[
-            0
-        ].sum().backward()
+        loss, _ = linear_sampled_token(hidden, weight, *teacher, problem.targets, tp_group=group, chunk_rows=3)
+        loss.sum().backward()
         assert counts() == (2 * several, several * 6)
-
-
-def _expected_diagnostics(problem: Problem, case: Case, support: TopK | None = None) -> dict[str, Tensor]:
-    _, _, student, teacher = (tensor.detach() for tensor in problem.logits())
-    s, t = (torch.log_softmax(logits / case.temperature, 1) for logits in (student, teacher))
-    s_on, t_on = (s, t) if support is None else on_support(student, teacher, case, support)
-    d = entries(s_on, t_on, case)
-    clipped = torch.zeros_like(d)
-    if case.clip is not None and case.clip_mode in ("entry", "bregman"):
-        clipped = (d >= case.clip).double()
-    elif case.clip is not None and case.clip_mode != "none":
-        clipped = (d.sum(1, keepdim=True) >= case.clip).double().expand_as(d)
-    rows = torch.arange(len(problem.targets))
-    return {
-        "divergence": d.sum(1),
-        "clip_fraction": clipped.mean(1),
-        "clipped_teacher_mass": (clipped * t_on.exp()).sum(1),
-        "student_entropy": -(s.exp() * s).sum(1),
-        "teacher_entropy": -(t.exp() * t).sum(1),
-        "forward_kl": (t.exp() * (t - s)).sum(1),
-        "reverse_kl": (s.exp() * (s - t)).sum(1),
-        "top1_agreement": (student.argmax(1) == teacher.argmax(1)).double(),
-        "student_log_prob": torch.log_softmax(student, 1)[rows, problem.targets],
-        "teacher_log_prob": torch.log_softmax(teacher, 1)[rows, problem.targets],
-        "policy_log_prob": s[rows, problem.targets],
-    }
 
 
 def _check_diagnostics(every: int) -> None:
@@ -328,7 +121,7 @@ def _check_diagnostics(every: int) -> None:
         plain = linear_divergence(*leaves, **asdict(case), tp_group=group, vocab_size=43, chunk_rows=10)
         assert torch.equal(loss, plain)
         assert loss.requires_grad
-        expected = _expected_diagnostics(problem, case)
+        expected = expected_diagnostics(problem, case)
         assert set(expected) == {field.name for field in fields(Diagnostics)}
         for name, value in expected.items():
             actual = getattr(diagnostics, name)
@@ -338,9 +131,7 @@ def _check_diagnostics(every: int) -> None:
         some_agree |= set(diagnostics.top1_agreement.tolist())
     assert some_agree == {0.0, 1.0}
     without = linear_divergence_with_diagnostics(*problem.leaves(group), beta=0.5, tp_group=group, vocab_size=43)[1]
-    assert without.student_log_prob is None
-    assert without.teacher_log_prob is None
-    assert without.policy_log_prob is None
+    assert without.student_log_prob is without.teacher_log_prob is without.policy_log_prob is None
 
 
 def _check_equal_sides(every: int) -> None:
@@ -363,7 +154,7 @@ def _check_equal_sides(every: int) -> None:
                 chunk_rows=16,
             )
             loss.sum().backward()
-            for tensor in (loss, _grad(hidden), _grad(weight), diagnostics.divergence, diagnostics.clip_fraction):
+            for tensor in (loss, grad(hidden), grad(weight), diagnostics.divergence, diagnostics.clip_fraction):
                 assert torch.equal(tensor, torch.zeros_like(tensor)), case
             assert torch.equal(diagnostics.top1_agreement, torch.ones(33))
 
@@ -382,7 +173,7 @@ def _check_no_rows() -> None:
     assert loss.shape == (0,)
     assert all(getattr(diagnostics, field.name).shape == (0,) for field in fields(Diagnostics))
     for leaf in leaves[:2]:
-        assert torch.equal(_grad(leaf), torch.zeros_like(leaf))
+        assert torch.equal(grad(leaf), torch.zeros_like(leaf))
 
 
 def _check_frozen_parts() -> None:
@@ -396,7 +187,7 @@ def _check_frozen_parts() -> None:
         leaves[frozen].requires_grad_(False)
         linear_divergence(*leaves, beta=0.5, tp_group=group).sum().backward()
         assert leaves[frozen].grad is None
-        assert torch.equal(_grad(leaves[live]), _grad(whole[live]))
+        assert torch.equal(grad(leaves[live]), grad(whole[live]))
     several = int(group is not None)
     with torch.no_grad(), count_collectives() as counts:
         assert not linear_divergence(*whole, beta=0.5, tp_group=group).requires_grad
@@ -474,11 +265,11 @@ def test_any_shape(
     tail: Literal["bucket", "renormalise"],
 ) -> None:
     problem = Problem.draw(vocab, torch.float64, rows=rows, seed=seed, padding=padding)
-    assert _divergence_differences(problem, case, chunk_rows, 1.0, weighted=weighted) < 1e-12
-    assert _cross_entropy_differences(problem, chunk_rows) < 1e-12
-    assert _sampled_token_differences(problem, case.temperature, case.clip) < 1e-12
+    assert divergence_differences(problem, case, chunk_rows, 1.0, weighted=weighted) < 1e-12
+    assert cross_entropy_differences(problem, chunk_rows) < 1e-12
+    assert sampled_token_differences(problem, case.temperature, case.clip) < 1e-12
     if k < vocab and rows:
-        assert _topk_differences(problem, case, TopK(k, side, tail), chunk_rows) < 1e-12
+        assert topk_differences(problem, case, TopK(k, side, tail), chunk_rows) < 1e-12
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -577,9 +368,9 @@ def test_bfloat16_inputs_lose_nothing_before_the_end(beta: float) -> None:
     loss.backward(problem.upstream.float())
     assert worst(loss.detach(), expected.detach()) < 1e-5
     for leaf, gradient, rounded in zip(leaves[:2], expected_gradients, terms, strict=True):
-        assert _grad(leaf).dtype == torch.bfloat16
+        assert grad(leaf).dtype == torch.bfloat16
         bound = gradient.abs() * 2**-8 + rounded * 2**-9 + 1e-5
-        assert bool(((_grad(leaf).double() - gradient).abs() <= bound).all())
+        assert bool(((grad(leaf).double() - gradient).abs() <= bound).all())
 
 
 def test_a_vocabulary_of_real_size() -> None:

@@ -21,8 +21,8 @@ from opsd_megatron.losses import (
     linear_sampled_token,
 )
 from tests.distributed import run_distributed
+from tests.unit.losses.linear_checks import Problem
 from tests.unit.losses.reference import Case, count_collectives, dense_divergence, dense_topk, shard_of, world, worst
-from tests.unit.losses.test_linear import Problem
 
 ROWS = 12
 CASES = [Case(0.5, 0.7, 0.05), Case(0.0, 1.1, 3.0, "token"), Case(1.0, 1.0, 0.2, "rescale"), Case(0.0, 1.0)]

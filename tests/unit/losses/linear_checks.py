@@ -1,0 +1,236 @@
+"""Losses from hidden states beside the dense reference: whole inputs, and how far a rank's results are off.
+
+Every rank draws the same whole problem and takes its shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opsd_megatron.losses import (
+    TopK,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_divergence_with_diagnostics,
+    linear_sampled_token,
+)
+from tests.unit.losses.reference import Case, dense_divergence, dense_topk, entries, on_support, shard_of, world, worst
+
+ROWS, HIDDEN, TEACHER_HIDDEN, WIDTH = 7, 6, 5, 48
+
+
+@dataclass
+class Problem:
+    """Whole inputs, equal on every rank; weights hold ``vocab`` true rows and NaN below them."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    targets: Tensor
+    upstream: Tensor
+    vocab: int
+
+    @classmethod
+    def draw(
+        cls, vocab: int, dtype: torch.dtype, rows: int = ROWS, seed: int = 0, padding: int | None = None
+    ) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        padding = WIDTH - vocab if padding is None else padding
+        pad = torch.full((padding, 1), torch.nan, dtype=dtype)
+        return cls(
+            normal(rows, HIDDEN),
+            torch.cat([normal(vocab, HIDDEN), pad.expand(-1, HIDDEN)]),
+            normal(rows, TEACHER_HIDDEN),
+            torch.cat([normal(vocab, TEACHER_HIDDEN), pad.expand(-1, TEACHER_HIDDEN)]),
+            torch.randint(vocab, (rows,), generator=generator),
+            torch.rand(rows, generator=generator, dtype=torch.float64) + 0.5,
+            vocab,
+        )
+
+    def logits(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Float64 leaves for hidden states and true head rows, and both sides' logits on top of them."""
+        hidden = self.student_hidden.detach().double().clone().requires_grad_()
+        weight = self.student_weight.detach().double()[: self.vocab].clone().requires_grad_()
+        teacher = self.teacher_hidden.double() @ self.teacher_weight.double()[: self.vocab].t()
+        return hidden, weight, hidden @ weight.t(), teacher
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """The targets' log-probabilities."""
+        return logits.log_softmax(1).gather(1, self.targets.unsqueeze(1)).squeeze(1)
+
+    def gradients(self, loss: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the reference loss, that of the weight with zero rows for the padding."""
+        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight), self.upstream)
+        padding = len(self.student_weight) - self.vocab
+        return grad_hidden, torch.cat([grad_weight, grad_weight.new_zeros(padding, grad_weight.shape[1])])
+
+    def leaves(self, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's inputs; student's take gradients."""
+        return (
+            self.student_hidden.clone().requires_grad_(),
+            shard_of(self.student_weight, 0, group).requires_grad_(),
+            self.teacher_hidden.clone(),
+            shard_of(self.teacher_weight, 0, group),
+        )
+
+    def vocab_size(self) -> int | None:
+        return None if self.vocab == len(self.student_weight) else self.vocab
+
+
+def grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def divergence_differences(
+    problem: Problem, case: Case, chunk_rows: int | None, unit: float | None, *, weighted: bool
+) -> float:
+    """Largest difference of loss, hidden gradient and this rank's weight gradient from the reference.
+
+    ``weighted``: rows are weighted inside, and backward scales the gradients that forward has formed. Otherwise the
+    upstream gradient differs between rows, and backward forms them anew.
+    """
+    group = world()
+    leaves = problem.leaves(group)
+    loss = linear_divergence(
+        *leaves,
+        **asdict(case),
+        tp_group=group,
+        vocab_size=problem.vocab_size(),
+        chunk_rows=chunk_rows,
+        row_weights=4 * problem.upstream if weighted else None,
+    )
+    if weighted:
+        (loss.sum() / 4).backward()
+    else:
+        loss.backward(problem.upstream.to(loss.dtype))
+    hidden, weight, student, teacher = problem.logits()
+    expected = dense_divergence(student, teacher, case)
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    if weighted:
+        expected, loss = expected * problem.upstream, loss / 4
+    return max(
+        worst(loss.detach(), expected.detach(), unit),
+        worst(grad(leaves[0]), grad_hidden, unit),
+        worst(grad(leaves[1]), shard_of(grad_weight, 0, group), unit or max(float(grad_weight.abs().max()), 1e-300)),
+    )
+
+
+def cross_entropy_differences(problem: Problem, chunk_rows: int | None) -> float:
+    group = world()
+    student_hidden, student_weight, _, _ = problem.leaves(group)
+    loss = linear_cross_entropy(
+        student_hidden,
+        student_weight,
+        problem.targets,
+        tp_group=group,
+        vocab_size=problem.vocab_size(),
+        chunk_rows=chunk_rows,
+    )
+    loss.backward(problem.upstream.to(loss.dtype))
+    hidden, weight, student, _ = problem.logits()
+    expected = torch.nn.functional.cross_entropy(student, problem.targets, reduction="none")
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    return max(
+        worst(loss.detach(), expected.detach(), 1.0),
+        worst(grad(student_hidden), grad_hidden, 1.0),
+        worst(grad(student_weight), shard_of(grad_weight, 0, group), 1.0),
+    )
+
+
+SUPPORTS = [
+    TopK(k, side, tail) for k in (1, 4, 29) for side in ("teacher", "student") for tail in ("bucket", "renormalise")
+]
+
+
+def topk_differences(problem: Problem, case: Case, support: TopK, chunk_rows: int | None) -> float:
+    group = world()
+    leaves = problem.leaves(group)
+    loss, diagnostics = linear_divergence_with_diagnostics(
+        *leaves,
+        **asdict(case),
+        tp_group=group,
+        vocab_size=problem.vocab_size(),
+        chunk_rows=chunk_rows,
+        support=support,
+        row_weights=problem.upstream,
+        target_ids=problem.targets,
+    )
+    loss.sum().backward()
+    hidden, weight, student, teacher = problem.logits()
+    expected = dense_topk(student, teacher, case, support)
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    facts = expected_diagnostics(problem, case, support)
+    return max(
+        worst(loss.detach(), expected.detach() * problem.upstream, 1.0),
+        worst(grad(leaves[0]), grad_hidden, 1.0),
+        worst(grad(leaves[1]), shard_of(grad_weight, 0, group), 1.0),
+        # Diagnostics are float32 in any case.
+        1e-6 * max(worst(getattr(diagnostics, name), value, 1.0) for name, value in facts.items()),
+    )
+
+
+def sampled_token_differences(problem: Problem, temperature: float, clip: float | None) -> float:
+    """Of loss, log-probabilities and gradients from the definition, by autograd on dense logits."""
+    group = world()
+    leaves = problem.leaves(group)
+    loss, log_probs = linear_sampled_token(
+        *leaves,
+        problem.targets,
+        temperature=temperature,
+        clip=clip,
+        tp_group=group,
+        vocab_size=problem.vocab_size(),
+        chunk_rows=3,
+        row_weights=problem.upstream,
+    )
+    loss.sum().backward()
+    hidden, weight, student, teacher = problem.logits()
+    s, t = (problem.log_probs(side / temperature) for side in (student, teacher))
+    bracket = (t - s).detach()
+    expected = -(bracket if clip is None else bracket.clamp(-clip, clip)) * s
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    return max(
+        worst(loss.detach(), expected.detach() * problem.upstream),
+        worst(log_probs.student, s.detach()),
+        worst(log_probs.teacher, t),
+        worst(log_probs.student_at_1, problem.log_probs(student).detach()),
+        worst(log_probs.teacher_at_1, problem.log_probs(teacher)),
+        worst(grad(leaves[0]), grad_hidden),
+        worst(grad(leaves[1]), shard_of(grad_weight, 0, group), max(float(grad_weight.abs().max()), 1e-300)),
+    )
+
+
+def expected_diagnostics(problem: Problem, case: Case, support: TopK | None = None) -> dict[str, Tensor]:
+    _, _, student, teacher = (tensor.detach() for tensor in problem.logits())
+    s, t = (torch.log_softmax(logits / case.temperature, 1) for logits in (student, teacher))
+    s_on, t_on = (s, t) if support is None else on_support(student, teacher, case, support)
+    d = entries(s_on, t_on, case)
+    clipped = torch.zeros_like(d)
+    if case.clip is not None and case.clip_mode in ("entry", "bregman"):
+        clipped = (d >= case.clip).double()
+    elif case.clip is not None and case.clip_mode != "none":
+        clipped = (d.sum(1, keepdim=True) >= case.clip).double().expand_as(d)
+    rows = torch.arange(len(problem.targets))
+    return {
+        "divergence": d.sum(1),
+        "clip_fraction": clipped.mean(1),
+        "clipped_teacher_mass": (clipped * t_on.exp()).sum(1),
+        "student_entropy": -(s.exp() * s).sum(1),
+        "teacher_entropy": -(t.exp() * t).sum(1),
+        "forward_kl": (t.exp() * (t - s)).sum(1),
+        "reverse_kl": (s.exp() * (s - t)).sum(1),
+        "top1_agreement": (student.argmax(1) == teacher.argmax(1)).double(),
+        "student_log_prob": torch.log_softmax(student, 1)[rows, problem.targets],
+        "teacher_log_prob": torch.log_softmax(teacher, 1)[rows, problem.targets],
+        "policy_log_prob": s[rows, problem.targets],
+    }
