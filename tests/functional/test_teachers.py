@@ -208,11 +208,13 @@ def test_policies_differ_as_they_should(others: tuple[dict[str, Trajectory], dic
 
 
 def test_three_steps_on_real_engines(small: SmallRun, large: Path, tmp_path: Path) -> None:
-    """Sampled by vLLM at TP 2; each policy's teacher has its say from the first step on."""
+    """Sampled by vLLM at TP 2; each policy's teacher has its say from the first step on, whatever it is shown."""
     policies: dict[str, dict[str, object]] = {
         "ema": EMA,
         "refresh": {**REFRESH, "teacher__refresh_every": 1},
         "separate": {"teacher__policy": "separate", "teacher__path": large},
+        "live": {"teacher__policy": "live", "data__privileged": "shuffled"},
+        "trust_region": {"teacher__policy": "trust_region", "data__privileged": "answer"},
     }
     shared: dict[str, object] = {
         "parallel__tensor": 2,
@@ -226,7 +228,7 @@ def test_three_steps_on_real_engines(small: SmallRun, large: Path, tmp_path: Pat
         for name, keys in policies.items()
     }
     stayed = run_distributed(train_each, 2, runs, timeout=400.0)[0]
-    assert stayed == {"ema": False, "refresh": False, "separate": True}
+    assert stayed == {"ema": False, "refresh": False, "separate": True, "live": False, "trust_region": True}
     for name in policies:
         lines = read_metrics(tmp_path / name)
         assert [line["policy_version"] for line in lines] == [0, 1, 2]
