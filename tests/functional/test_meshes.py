@@ -95,6 +95,8 @@ def small(runs: dict[str, SmallRun]) -> SmallRun:
     return runs["dense"]
 
 
+# One launch trains on all meshes in turn: minutes on two cores, more on busy ones.
+pytestmark = pytest.mark.timeout(660)
 Outcome = tuple[list[dict[str, Any]], dict[str, Tensor]]
 
 
