@@ -104,11 +104,18 @@ def llama(small: SmallRun) -> Path:
 def evaluated(
     small: SmallRun, held_out: Path, trained: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The initial model, the last checkpoint and another model, on two ranks: two replicas, and one over both."""
+    """The initial model, the last checkpoint and another model, on two ranks: two replicas, and one over both.
+
+    The first two are sampled two problems at a time; training samples all at once.
+    """
     output = tmp_path_factory.mktemp("evaluated")
     sources = {
-        "initial": [f"model.path={small.model}", "rollout.tensor=1"],
-        "last": [f"model.checkpoint={trained}/checkpoints/step_{STEPS}", "rollout.tensor=1"],
+        "initial": [f"model.path={small.model}", "rollout.tensor=1", "evaluation.responses_per_call=6"],
+        "last": [
+            f"model.checkpoint={trained}/checkpoints/step_{STEPS}",
+            "rollout.tensor=1",
+            "evaluation.responses_per_call=6",
+        ],
         "wide": [f"model.path={small.model}", "rollout.tensor=2"],
         "llama": [
             f"model.path={llama}",
