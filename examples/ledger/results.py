@@ -143,7 +143,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         "correct": [pack(_verdicts(directory / "evaluations" / f"step_{line['step']}.jsonl")) for line in evaluated],
         "generated": [round(sum(sampled[: line["step"]]) / 1000, 1) for line in evaluated],
         "divergence": [_mean(line.get("divergence") for line in window) for window in windows],
-        "loss": [_mean(line["loss"] for line in window) for window in windows],
+        "loss": [_mean(line.get("loss") for line in window) for window in windows],
         "alarms": sum(line.get("alarm") is not None for line in trained),
         "step_seconds": round(float(np.median(durations)), 3),
     }

@@ -144,6 +144,16 @@ def test_a_runs_files_are_read(tmp_path: Path) -> None:
     }
 
 
+def test_a_step_without_anything_to_learn_from_has_no_loss(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for step in (2, 3):
+        del lines[step]["loss"], lines[step]["divergence"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_run(tmp_path)
+    assert (found["loss"], found["divergence"]) == ([0.1], [0.3])
+
+
 def test_a_record_replaces_that_of_the_same_run(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     for accuracy, seed in ((0.5, 1), (0.6, 0), (0.7, 1)):
