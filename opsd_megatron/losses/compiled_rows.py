@@ -1,8 +1,8 @@
 """Chunks of logit rows worked on by kernels that ``torch.compile`` fuses: the elementwise part on CPU, large shards.
 
 Step by step every elementwise operation reads and writes memory; fused, each of the three passes reads the logits once,
-and only the last one writes. That takes a quarter of the time and a C++ compiler, and some twenty seconds of compiling
-where no earlier process has left the kernels in torch's cache. Without a compiler :class:`TorchRows` does the same.
+and only the last one writes. That needs a C++ compiler, and a while of compiling where no earlier process has left the
+kernels in torch's cache. Without a compiler :class:`TorchRows` does the same.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ RowKernel = Callable[..., Any]
 
 @dataclass(frozen=True)
 class RowKernels:
-    """The three passes over a chunk: compiled, or the plain functions below."""
+    """The three passes over a chunk."""
 
     statistics: RowKernel
     sums: RowKernel
     gradient: RowKernel
+
+    @classmethod
+    def of(cls, spec: DivergenceSpec, prepare: Callable[[RowKernel], RowKernel]) -> RowKernels:
+        """Those of ``spec``, each after it has gone through ``prepare``, which compiles it."""
+        return cls(*(prepare(_bind(function, spec)) for function in (_statistics, _sums, _gradient)))
 
 
 def kernels_for(student: Tensor, spec: DivergenceSpec) -> RowKernels | None:
@@ -49,16 +54,10 @@ def kernels_for(student: Tensor, spec: DivergenceSpec) -> RowKernels | None:
 
 
 @cache
-def compiled_kernels(spec: DivergenceSpec, backend: str = "inductor") -> RowKernels:
+def compiled_kernels(spec: DivergenceSpec) -> RowKernels:
     """The kernels of ``spec``, compiled at their first call for any number of rows above one."""
     # Kept apart from those of other divergences: torch gives up on a function that it has compiled too often.
-    compiled = partial(torch.compile, backend=backend, isolate_recompiles=True)
-    return RowKernels(*(compiled(_bind(function, spec)) for function in (_statistics, _sums, _gradient)))
-
-
-def plain_kernels(spec: DivergenceSpec) -> RowKernels:
-    """The same without compiling, for tests."""
-    return RowKernels(*(_bind(function, spec) for function in (_statistics, _sums, _gradient)))
+    return RowKernels.of(spec, partial(torch.compile, isolate_recompiles=True))
 
 
 class CompiledRows:
@@ -174,6 +173,6 @@ def _compiles() -> bool:
         probe(torch.zeros(2, 16))
     except Exception as error:  # whatever a compiler, its headers or its cache directory may lack
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        _LOG.warning("the loss runs uncompiled, at about two thirds of its speed: %s", first)
+        _LOG.warning("the loss runs uncompiled, which is slower: %s", first)
         return False
     return True

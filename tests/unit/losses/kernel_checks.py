@@ -20,7 +20,7 @@ from opsd_megatron.losses import (
     linear_divergence_with_diagnostics,
     vocab_parallel_divergence,
 )
-from tests.unit.losses.linear_checks import Problem, expected_diagnostics, grad
+from tests.unit.losses.linear_checks import Problem, check_equal_sides_are_zero, expected_diagnostics, grad
 from tests.unit.losses.reference import Case, dense_divergence, shard_of, world, worst
 
 Through = Callable[[], AbstractContextManager[None]]
@@ -124,21 +124,7 @@ def check_equal_sides(through: Through, device: str, every: int = 1) -> None:
             dtype = torch.bfloat16 if number == 1 else torch.float32
             hidden = whole_hidden.to(device, dtype, copy=True).requires_grad_()
             weight = shard_of(whole_weight.to(dtype), 0, group).to(device).requires_grad_()
-            loss, diagnostics = linear_divergence_with_diagnostics(
-                hidden,
-                weight,
-                hidden.detach().clone(),
-                weight.detach().clone(),
-                **asdict(case),
-                tp_group=group,
-                vocab_size=301,
-                chunk_rows=3,
-            )
-            loss.sum().backward()
-            facts = (diagnostics.divergence, diagnostics.clip_fraction, diagnostics.forward_kl, diagnostics.reverse_kl)
-            for tensor in (loss, grad(hidden), grad(weight), *facts):
-                assert torch.equal(tensor, torch.zeros_like(tensor)), case
-            assert torch.equal(diagnostics.top1_agreement, torch.ones_like(loss))
+            check_equal_sides_are_zero(hidden, weight, case, vocab=301, chunk_rows=3)
 
 
 def check_extras(through: Through, device: str) -> None:

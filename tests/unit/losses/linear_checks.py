@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_megatron.losses import (
     TopK,
@@ -234,3 +235,44 @@ def expected_diagnostics(problem: Problem, case: Case, support: TopK | None = No
         "teacher_log_prob": torch.log_softmax(teacher, 1)[rows, problem.targets],
         "policy_log_prob": s[rows, problem.targets],
     }
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest floating-point tensor that an operation made memory for.
+
+    Bytes are no logits: see ``head.keep_small_blocks_mapped``.
+    """
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        known = {arg.untyped_storage().data_ptr() for arg in given if isinstance(arg, Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            made = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known
+            if made and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def check_equal_sides_are_zero(hidden: Tensor, weight: Tensor, case: Case, *, vocab: int, chunk_rows: int) -> None:
+    """Equal hidden states and weights in different memory: loss and gradients are zero to the last bit.
+
+    ``hidden`` and ``weight``, this rank's shard of ``world()``, are leaves without gradients.
+    """
+    loss, facts = linear_divergence_with_diagnostics(
+        hidden,
+        weight,
+        hidden.detach().clone(),
+        weight.detach().clone(),
+        **asdict(case),
+        tp_group=world(),
+        vocab_size=vocab,
+        chunk_rows=chunk_rows,
+    )
+    loss.sum().backward()
+    zero = (loss, grad(hidden), grad(weight), facts.divergence, facts.clip_fraction, facts.forward_kl, facts.reverse_kl)
+    for tensor in zero:
+        assert torch.equal(tensor, torch.zeros_like(tensor)), case
+    assert torch.equal(facts.top1_agreement, torch.ones_like(loss))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opsd_megatron.losses import compiled_rows, linear_divergence
-from opsd_megatron.losses.compiled_rows import RowKernels, compiled_kernels, kernels_for, plain_kernels
+from opsd_megatron.losses.compiled_rows import RowKernels, compiled_kernels, kernels_for
 from opsd_megatron.losses.divergences import DivergenceSpec
 from opsd_megatron.losses.row_losses import DivergenceLoss
 from opsd_megatron.losses.torch_rows import TorchRows
@@ -32,6 +32,11 @@ from tests.unit.losses.kernel_checks import (
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 CHECKS = [check_cases, check_equal_sides, check_extras, check_shard_without_probability]
+
+
+def plain_kernels(spec: DivergenceSpec) -> RowKernels:
+    """The kernels as they are written."""
+    return RowKernels.of(spec, lambda kernel: kernel)
 
 
 @contextmanager

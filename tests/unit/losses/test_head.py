@@ -10,6 +10,7 @@ from torch import Tensor
 from opsd_megatron.losses import linear_divergence
 from opsd_megatron.losses.head import Head, HeadGradients, row_chunks
 from opsd_megatron.losses.shard import VocabShard
+from tests.unit.losses.linear_checks import LargestTensor
 
 ROWS, HIDDEN, WIDTH, COLUMNS = 7, 6, 48, 43
 META = torch.device("meta")
@@ -108,19 +109,6 @@ def test_bfloat16_products_on_cpu() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
 
 
-class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the largest floating-point tensor that an operation made memory for."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
-        result = func(*args, **(kwargs or {}))
-        known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.elements = max(self.elements, 0 if result.untyped_storage().data_ptr() in known else result.numel())
-        return result
-
-
 class TestUnitUpstream:
     """A head whose losses are known to be derived with a gradient of 1 adds to ``main_grad`` in forward."""
 
@@ -151,7 +139,7 @@ class TestUnitUpstream:
         for weight in weights:
             if tied:
                 weight.zero_out_wgrad = True  # type: ignore[attr-defined]
-            with _LargestTensor() as largest:
+            with LargestTensor() as largest:
                 for seed, rows in enumerate((self.ROWS, 0, 3)):
                     hidden, loss = self._loss(weight, seed, rows)
                     loss.sum().backward()

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_megatron.losses import (
     Diagnostics,
@@ -26,7 +24,9 @@ from tests.unit.losses.linear_checks import (
     ROWS,
     SUPPORTS,
     WIDTH,
+    LargestTensor,
     Problem,
+    check_equal_sides_are_zero,
     cross_entropy_differences,
     divergence_differences,
     expected_diagnostics,
@@ -143,20 +143,7 @@ def _check_equal_sides(every: int) -> None:
         for case in all_cases()[:: (2 if dtype == torch.float32 else 9) * every]:
             hidden = whole_hidden.to(dtype, copy=True).requires_grad_()
             weight = shard_of(whole_weight.to(dtype), 0, group).requires_grad_()
-            loss, diagnostics = linear_divergence_with_diagnostics(
-                hidden,
-                weight,
-                hidden.detach().clone(),
-                weight.detach().clone(),
-                **asdict(case),
-                tp_group=group,
-                vocab_size=370,
-                chunk_rows=16,
-            )
-            loss.sum().backward()
-            for tensor in (loss, grad(hidden), grad(weight), diagnostics.divergence, diagnostics.clip_fraction):
-                assert torch.equal(tensor, torch.zeros_like(tensor)), case
-            assert torch.equal(diagnostics.top1_agreement, torch.ones(33))
+            check_equal_sides_are_zero(hidden, weight, case, vocab=370, chunk_rows=16)
 
 
 def _check_no_rows() -> None:
@@ -272,22 +259,6 @@ def test_any_shape(
         assert topk_differences(problem, case, TopK(k, side, tail), chunk_rows) < 1e-12
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Remembers the largest storage that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            # Bytes are no logits: see keep_small_blocks_mapped.
-            if isinstance(tensor, Tensor) and tensor._base is None and tensor.is_floating_point():
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("uniform", [True, False])
 def test_backward_twice_through_one_graph(uniform: bool) -> None:
     """Scaling the formed gradients in place must not show in a second backward."""
@@ -343,7 +314,7 @@ def test_no_tensor_is_larger_than_a_chunk(case: Case) -> None:
     hidden = torch.randn(rows, hidden_size, requires_grad=True)
     weight = torch.randn(vocab, hidden_size, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.int64)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         loss, _ = linear_divergence_with_diagnostics(
             hidden, weight, hidden + 1, weight + 1, **asdict(case), chunk_rows=chunk_rows, target_ids=targets
         )
