@@ -202,6 +202,9 @@ def exit_status(program: Callable[[list[str]], None]) -> int:
         0, or ``EXIT_BAD_INPUT`` with one line on stderr for an :class:`OpsdError`.
     """
     rank = int(os.environ.get("RANK", "0"))
+    # Read by torch when it first allocates: large tensors on the host get huge pages, where the kernel has them. It
+    # would hand out small ones and zero them one by one, which takes longer than some of the arithmetic.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         program(sys.argv[1:])
     except OpsdError as error:

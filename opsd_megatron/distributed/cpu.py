@@ -100,6 +100,18 @@ def _even_collectives(mappings: Any) -> None:
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_parts, reduce_parts
 
 
+def _alone_in_place(collective: Any) -> Any:
+    """``all_gather_into_tensor`` or ``reduce_scatter_tensor`` that leaves a lone rank's tensor where it is."""
+
+    def exchange(output: Tensor, own: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        in_place = output.data_ptr() == own.data_ptr() and output.shape == own.shape
+        if in_place and group is not None and group.size() == 1 and not kwargs.get("async_op"):
+            return None
+        return collective(output, own, *args, group=group, **kwargs)
+
+    return exchange
+
+
 _installed = False
 
 
@@ -158,6 +170,13 @@ def install_cpu_stand_ins() -> None:
 
     # transformer/moe/moe_utils.py:1192,1225 look at a name that exists only beside Transformer Engine.
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+
+    # distributed/param_and_grad_buffer.py:285,443 exchange a step's gradients and weights, in place, also among
+    # one rank. NCCL has nothing to do then; gloo copies all of them, three times over.
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    buffers.dist_all_gather_func = _alone_in_place(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _alone_in_place(buffers.dist_reduce_scatter_func)
 
     on_cpu = _TorchOnCpu()
     for name in _FILES_WITH_CUDA_LITERALS:

@@ -104,6 +104,9 @@ def make_trainable(model: Sequence[HiddenStatesGPT], config: Config) -> Trainabl
         ),
         chunks,
     )
+    for group in optimizer.param_groups:
+        if "fused" in group:  # torch's: step by step it takes twice the time, and two temporaries of a tensor's size
+            group["fused"] = True
     return Trainable(chunks, optimizer, _scheduler(optimizer, settings, config.train.steps), own_weights=bf16)
 
 

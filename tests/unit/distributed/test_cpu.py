@@ -21,6 +21,7 @@ def _stand_ins() -> None:
     _cuda_requests_land_on_the_cpu()
     _tensor_types_read_as_cuda_and_still_convert()
     _random_state_is_tracked_on_the_cpu_generator()
+    _a_lone_rank_exchanges_nothing_with_itself()
     import megatron.core.optimizer.clip_grads as clip_grads
 
     seen, kind = clip_grads.torch, torch.Tensor.type
@@ -69,6 +70,20 @@ def _random_state_is_tracked_on_the_cpu_generator() -> None:
     assert torch.equal(draws[0][0], draws[1][0])
     assert torch.equal(draws[0][1], draws[1][1])
     assert not torch.equal(*draws[0])
+
+
+def _a_lone_rank_exchanges_nothing_with_itself() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    group = torch.distributed.group.WORLD
+    for exchange in (buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func):
+        whole = torch.arange(4.0)
+        version = whole._version
+        exchange(whole, whole[:], group=group, async_op=False)
+        assert whole._version == version
+        elsewhere = torch.zeros(4)
+        exchange(elsewhere, whole, group=group, async_op=False)
+        assert torch.equal(elsewhere, whole)
 
 
 def test_a_cuda_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
