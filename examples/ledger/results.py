@@ -130,7 +130,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     """The fields of a :class:`Record` that the files of a finished run tell."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["step"]]
-    sampled = [line["tokens"] if "rollout" in line["seconds"] else 0 for line in trained]
+    sampled = [line.get("sampled_tokens", 0) for line in trained]
     evaluated = [line for line in lines if line.get("eval")]
     durations = [
         sum(seconds for phase, seconds in line["seconds"].items() if phase not in ("evaluation", "checkpoint"))

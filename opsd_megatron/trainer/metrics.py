@@ -56,7 +56,8 @@ class StepReporter:
             return
         packed = sum(sample.student_tokens + sample.teacher_tokens for sample in samples)
         seconds = timer.seconds
-        trained = sum(seconds.get(phase, 0.0) for phase in ("rollout", "judge", "pack", "teacher", "student", "sync"))
+        phases = ("offload", "sync", "rollout", "judge", "pack", "teacher", "student")
+        trained = sum(seconds.get(phase, 0.0) for phase in phases)
         line: dict[str, Any] = {
             "step": step,
             **result.metrics,
@@ -75,6 +76,7 @@ class StepReporter:
         if rollouts:
             cut = sum(rollout.generation.finish_reason == "length" for rollout in rollouts)
             line["truncated"] = cut / len(rollouts)
+            line["sampled_tokens"] = sum(map(_sampled_tokens, rollouts))
             line["policy_version"] = rollouts[0].policy_version
         if evaluation is not None:
             line["eval"] = evaluation
@@ -141,6 +143,12 @@ class StepReporter:
                 f"{100 * low:.1f} to {100 * high:.1f}), pass@{k} {100 * figures['pass_at_k']:.1f}%, "
                 f"{figures['num_problems']} problems"
             )
+
+
+def _sampled_tokens(rollout: Rollout) -> int:
+    """What the engine drew for a rollout, trained on or not."""
+    analysis = () if rollout.analysis is None else rollout.analysis.token_ids
+    return len(rollout.generation.token_ids) + len(analysis)
 
 
 def _sync_rate(timer: PhaseTimer) -> dict[str, float]:

@@ -222,7 +222,7 @@ class Trainer:
         repeated = [problem for problem in problems for _ in range(settings.samples_per_problem)]
         prompts = [self.prompts.student(problem) for problem in repeated]
         figures: dict[str, float] = {}
-        with self._awake(timer) as engine:
+        with self._awake(timer, "rollout") as engine:
             with timer("rollout"):
                 generations = self._sample(engine, prompts, settings.max_new_tokens, [_ROLLOUT_SEEDS, step])
             rollouts = [
@@ -240,8 +240,8 @@ class Trainer:
         return rollouts, figures
 
     @contextmanager
-    def _awake(self, timer: PhaseTimer) -> Iterator[RolloutEngine]:
-        """The engine with the trainer's current weights, ready to sample.
+    def _awake(self, timer: PhaseTimer, phase: str) -> Iterator[RolloutEngine]:
+        """The engine with the trainer's current weights, ready to sample; ``phase`` is charged for waking it.
 
         The order keeps the peak low: what only an update needs leaves the device before the engine's weights come back,
         those before its cache, and nothing of the trainer's returns before both have gone.
@@ -251,10 +251,10 @@ class Trainer:
             with timer("offload"):
                 self.trainable.offload()
         self._sync(self.engine, timer)
-        with timer("rollout"):
+        with timer(phase):
             self.engine.wake_up()
         yield self.engine
-        with timer("rollout"):
+        with timer(phase):
             self.engine.sleep()
         if self.config.train.offload:
             with timer("offload"):
@@ -310,7 +310,7 @@ class Trainer:
         due = step == 0 or (settings.every and step % settings.every == 0) or (last and settings.at_end)
         if self.evaluator is None or self.engine is None or not due:
             return None
-        with self._awake(timer) as engine, timer("evaluation"):
+        with self._awake(timer, "evaluation") as engine, timer("evaluation"):
             return self.evaluator.evaluate(engine, step)
 
     def _save(self, timer: PhaseTimer) -> None:

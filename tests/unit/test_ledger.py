@@ -124,6 +124,7 @@ def write_run(directory: Path) -> None:
     for step in (1, 2, 3):
         seconds = {"rollout": 0.2, "student": 0.1 * step, "evaluation": 5.0}
         lines.append({"step": step, "loss": 0.1 / step, "divergence": 0.3, "tokens": 1000 * step, "seconds": seconds})
+        lines[-1] |= {"sampled_tokens": 2000} if step < 3 else {}  # trained on what was written, in the last step
     lines[-1] |= {"eval": {"avg_at_k": 0.75}, "alarm": "the loss fell below zero"}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step, verdicts in ((0, [1, 1, 0, 0]), (3, [1, 1, 1, 0])):
@@ -136,7 +137,7 @@ def test_a_runs_files_are_read(tmp_path: Path) -> None:
     assert read_run(tmp_path) == {
         "steps": [0, 3],
         "correct": ["c", "e"],
-        "generated": [0.0, 6.0],
+        "generated": [0.0, 4.0],
         "divergence": [0.3],
         "loss": [0.061111],
         "alarms": 1,

@@ -57,6 +57,7 @@ def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.St
     assert line["packing_efficiency"] == 0.75
     assert line["response_tokens_mean"] == 2.0
     assert line["truncated"] == 1.0 and line["policy_version"] == 3
+    assert line["sampled_tokens"] == len(ROLLOUT.generation.token_ids)
     assert line["alarm"] is None
     assert line["sync_gb"] == 0.004
     assert line["sync_gb_per_second"] == 0.004 / line["seconds"]["sync"]
@@ -70,6 +71,7 @@ def test_a_step_without_samples_has_no_loss(reporter: StepReporter, tmp_path: Pa
     reporter.step(4, StepResult({"taught": 0.0}, 0.0, 0.1, rows=0), [], [ROLLOUT], None, timer, 0.0)
     (line,) = lines(tmp_path)
     assert line["taught"] == line["grad_norm"] == line["tokens"] == 0 and line["alarm"] is None
+    assert line["sampled_tokens"] == len(ROLLOUT.generation.token_ids) > 0
     assert not {"loss", "divergence", "packing_efficiency", "response_tokens_mean"} & line.keys()
 
 
