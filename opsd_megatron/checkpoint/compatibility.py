@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +19,57 @@ from opsd_megatron.checkpoint.record import HF_FOLDER, TRAINER_FILE, hf_folder
 from opsd_megatron.checkpoint.tensor_store import TensorStore
 from opsd_megatron.distributed.collectives import gather_objects
 from opsd_megatron.errors import CheckpointError
-from opsd_megatron.models.families import read_spec
+from opsd_megatron.models.families import family_of, read_spec
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.rules import ADAPTER_SUFFIX
 
-# What decides the tensors' names and shapes, as the model's spec and as config.json call it. The last ones only models
-# with experts have.
-_SHAPE_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-    "tied": "tie_word_embeddings",
-    "experts": "num_experts",
-    "expert_ffn_size": "moe_intermediate_size",
-    "sparse_step": "decoder_sparse_step",
-    "dense_layers": "mlp_only_layers",
-}
+# The longest sequence is a limit of the run, not of what the weights compute.
+_MAY_DIFFER = {"max_positions"}
 
 
-def check_checkpoint(directory: str | Path, spec: Qwen3Spec) -> None:
+def check_checkpoint(directory: str | Path, spec: Qwen3Spec, source: str | Path) -> None:
     """Check that a checkpoint can give a model its initial weights, before there is a model or a process group.
+
+    Trainer and engine both take from ``model.path`` what no tensor's shape tells, such as the base of the rotary
+    embedding. So every field of the two specs is compared, of whatever family.
 
     Ranks: any; reads the small files and the sizes of the others.
 
     Args:
         directory: What ``model.checkpoint`` names.
         spec: The model that is to be built.
+        source: The directory that ``spec`` was read from.
 
     Raises:
         CheckpointError: There is no complete checkpoint, or it is of another model; the differing keys are named.
         ModelError: The configuration in the checkpoint is damaged.
     """
-    theirs = read_spec(hf_folder(directory))
-    different = [
-        f"{key} is {getattr(theirs, name, None)} there, {getattr(spec, name, None)} here"
-        for name, key in _SHAPE_KEYS.items()
-        if getattr(theirs, name, None) != getattr(spec, name, None)
-    ]
+    folder = hf_folder(directory)
+    theirs = read_spec(folder)
+    different = _differences(theirs, spec)
+    if type(theirs) is not type(spec):
+        different.insert(0, f"model_type is {family_of(theirs)!r} there, {family_of(spec)!r} here")
     if different:
         raise CheckpointError(
-            f"{directory} is a checkpoint of another model than model.path ({'; '.join(different)}): "
-            "pass the model it was saved from"
+            f"{folder / 'config.json'} is of another model than {Path(source) / 'config.json'} "
+            f"({'; '.join(different)}): pass as model.path the model that model.checkpoint={directory} was saved from"
         )
+
+
+def _differences(theirs: Any, ours: Any, within: str = "") -> list[str]:
+    """What two dataclasses say differently, of the fields that both have, by the name it has in ``config.json``."""
+    different = []
+    own = {field.name for field in fields(ours)}
+    for field in fields(theirs):
+        if field.name not in own or field.name in _MAY_DIFFER:
+            continue
+        key = within + field.metadata.get("key", field.name)
+        there, here = getattr(theirs, field.name), getattr(ours, field.name)
+        if is_dataclass(there) and type(there) is type(here):
+            different += _differences(there, here, f"{key}.")
+        elif there != here:
+            different.append(f"{key} is {there} there, {here} here")
+    return different
 
 
 def check_optimizer(directory: Path, theirs: dict[str, Any] | None, ours: dict[str, Any]) -> None:

@@ -63,3 +63,8 @@ def read_spec(path: str | Path) -> Qwen3Spec:
     if kind not in FAMILIES:
         config.fail(f"model_type is {kind!r}; supported are {' and '.join(map(repr, FAMILIES))}")
     return FAMILIES[kind].read(config)
+
+
+def family_of(spec: Qwen3Spec) -> str:
+    """The ``model_type`` that a spec was read as."""
+    return next(kind for kind, family in FAMILIES.items() if family is type(spec))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -26,6 +26,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Qwen3Spec:
     """A dense Qwen3 as its ``config.json`` describes it, and what other families of the kind build on.
 
+    A field's ``key`` is what ``config.json`` calls it where that is another name, for messages.
+
     Attributes:
         num_layers: Transformer layers.
         hidden_size: H.
@@ -41,18 +43,18 @@ class Qwen3Spec:
         yarn: How the rotary embedding is stretched, if it is.
     """
 
-    num_layers: int
+    num_layers: int = field(metadata={"key": "num_hidden_layers"})
     hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
+    ffn_size: int = field(metadata={"key": "intermediate_size"})
+    num_heads: int = field(metadata={"key": "num_attention_heads"})
+    num_kv_heads: int = field(metadata={"key": "num_key_value_heads"})
     head_dim: int
     vocab_size: int
     rope_theta: float
     rms_norm_eps: float
-    tied: bool
-    max_positions: int
-    yarn: Yarn | None = None
+    tied: bool = field(metadata={"key": "tie_word_embeddings"})
+    max_positions: int = field(metadata={"key": "max_position_embeddings"})
+    yarn: Yarn | None = field(default=None, metadata={"key": "rope_scaling"})
 
     @classmethod
     def read(cls, config: ConfigFile) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from opsd_megatron.distributed.parallel import ParallelDims
@@ -41,12 +41,12 @@ class Qwen3MoeSpec(Qwen3Spec):
         dense_layers: Layers (from 0) that have a plain MLP all the same.
     """
 
-    experts: int
-    experts_per_token: int
-    expert_ffn_size: int
-    normalized: bool
-    sparse_step: int
-    dense_layers: tuple[int, ...]
+    experts: int = field(metadata={"key": "num_experts"})
+    experts_per_token: int = field(metadata={"key": "num_experts_per_tok"})
+    expert_ffn_size: int = field(metadata={"key": "moe_intermediate_size"})
+    normalized: bool = field(metadata={"key": "norm_topk_prob"})
+    sparse_step: int = field(metadata={"key": "decoder_sparse_step"})
+    dense_layers: tuple[int, ...] = field(metadata={"key": "mlp_only_layers"})
 
     @classmethod
     def values(cls, config: ConfigFile) -> dict[str, Any]:

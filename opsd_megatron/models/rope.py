@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opsd_megatron.models.config_file import ConfigFile
 
@@ -36,7 +36,7 @@ class Yarn:
     """
 
     factor: float
-    original_positions: int
+    original_positions: int = field(metadata={"key": "original_max_position_embeddings"})
     attention_factor: float
     beta_fast: float
     beta_slow: float

@@ -156,7 +156,7 @@ def _check_weights(config: Config, source: Path, spec: Qwen3Spec) -> None:
     if config.model.checkpoint is None:
         check_tensors(spec, SafetensorsReader(source))
     else:
-        check_checkpoint(Path(config.model.checkpoint), spec)
+        check_checkpoint(config.model.checkpoint, spec, source)
     if not config.needs_engine:
         return
     if config.rollout.engine == "scripted":

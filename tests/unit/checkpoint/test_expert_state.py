@@ -10,10 +10,11 @@ from opsd_megatron.checkpoint.compatibility import check_checkpoint
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.models.families import read_spec
 from tests.distributed import run_distributed
-from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.tiny import make_tiny_qwen3_moe
 from tests.unit.checkpoint.mesh import Mesh
 from tests.unit.checkpoint.test_output_dir import make
 from tests.unit.checkpoint.test_state import travel
+from tests.unit.models.published import MOE, write_config
 
 
 def test_weights_and_optimizer_state_over_four_ranks(tmp_path: Path) -> None:
@@ -44,16 +45,20 @@ def test_layers_that_all_have_experts(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_experts_is_of_another_model(tmp_path: Path) -> None:
     checkpoint = make(tmp_path / "checkpoint")
-    spec = read_spec(make_tiny_qwen3_moe(checkpoint / "hf", num_layers=2, with_tokenizer=False))
-    check_checkpoint(checkpoint, spec)
+    for folder in (checkpoint / "hf", tmp_path / "other", tmp_path / "dense"):
+        folder.mkdir()
+    own = write_config(checkpoint / "hf", MOE)
+    check_checkpoint(checkpoint, read_spec(own), own)
     for changes, named in (
-        ({"experts": 4}, "num_experts is 8 there, 4 here"),
-        ({"expert_ffn": 32}, "moe_intermediate_size is 48 there, 32 here"),
-        ({"dense_layers": (1,)}, r"mlp_only_layers is \(\) there, \(1,\) here"),
+        ({"num_experts": 64}, "num_experts is 128 there, 64 here"),
+        ({"moe_intermediate_size": 384}, "moe_intermediate_size is 768 there, 384 here"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers is \(\) there, \(1,\) here"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok is 8 there, 4 here"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is True there, False here"),
     ):
-        other = make_tiny_qwen3_moe(tmp_path / named[:8], num_layers=2, with_tokenizer=False, **changes)  # type: ignore
-        with pytest.raises(CheckpointError, match=rf"another model than model\.path \({named}\)"):
-            check_checkpoint(checkpoint, read_spec(other))
-    dense = read_spec(make_tiny_qwen3(tmp_path / "dense", num_layers=2, tied=False, with_tokenizer=False))
-    with pytest.raises(CheckpointError, match="num_experts is 8 there, None here"):
-        check_checkpoint(checkpoint, dense)
+        other = write_config(tmp_path / "other", MOE, **changes)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=rf"is of another model than .* \({named}\)"):
+            check_checkpoint(checkpoint, read_spec(other), other)
+    dense = write_config(tmp_path / "dense", MOE, model_type="qwen3")
+    with pytest.raises(CheckpointError, match=r"\(model_type is 'qwen3_moe' there, 'qwen3' here\)"):
+        check_checkpoint(checkpoint, read_spec(dense), dense)

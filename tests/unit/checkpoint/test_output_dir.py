@@ -15,6 +15,7 @@ from opsd_megatron.checkpoint.state import _begin
 from opsd_megatron.errors import CheckpointError, ModelError
 from opsd_megatron.models.families import read_spec
 from tests.tiny import make_tiny_qwen3
+from tests.unit.models.published import DENSE, write_config
 
 IDENTITY = {"model": {"path": "m", "dtype": "float32"}, "objective": {"beta": 0.5, "clip": None}}
 
@@ -170,10 +171,11 @@ def test_a_run_directory_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_for_the_initial_weights_is_of_the_same_model(tmp_path: Path) -> None:
     """Without a process group. The record of another format version is refused too."""
-    spec = read_spec(make_tiny_qwen3(tmp_path / "model", num_layers=1, with_tokenizer=False))
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=1, with_tokenizer=False)
+    spec = read_spec(source)
     checkpoint = make(tmp_path / "checkpoint")
     make_tiny_qwen3(checkpoint / "hf", num_layers=1, with_tokenizer=False)
-    check_checkpoint(checkpoint, spec)
+    check_checkpoint(checkpoint, spec, source)
     for changes, named in (
         ({"vocab_size": 271}, "vocab_size is 272 there, 271 here"),
         ({"num_layers": 2, "ffn": 64}, "num_hidden_layers is 1 there, 2 here; intermediate_size is 96 there, 64 here"),
@@ -181,13 +183,42 @@ def test_a_checkpoint_for_the_initial_weights_is_of_the_same_model(tmp_path: Pat
         ({"tied": False}, "tie_word_embeddings is True there, False here"),
     ):
         other = make_tiny_qwen3(tmp_path / named, **({"num_layers": 1, "with_tokenizer": False} | changes))
-        with pytest.raises(CheckpointError, match=rf"checkpoint of another model than model\.path \({named}\)"):
-            check_checkpoint(checkpoint, read_spec(other))
+        with pytest.raises(CheckpointError, match=rf"is of another model than .*{named}/config\.json \({named}\)"):
+            check_checkpoint(checkpoint, read_spec(other), other)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        check_checkpoint(tmp_path / "nowhere", spec)
+        check_checkpoint(tmp_path / "nowhere", spec, source)
     (checkpoint / "hf" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"hf/config\.json is missing"):
-        check_checkpoint(checkpoint, spec)
+        check_checkpoint(checkpoint, spec, source)
     (checkpoint / "trainer.json").write_text('{"format": 1, "files": {}}')
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
-        check_checkpoint(checkpoint, spec)
+        check_checkpoint(checkpoint, spec, source)
+
+
+def test_a_checkpoint_of_the_same_shapes_may_still_be_of_another_model(tmp_path: Path) -> None:
+    """Qwen3-4B and Qwen3-4B-Instruct-2507 differ in nothing but the base of the rotary embedding and the context."""
+    checkpoint = make(tmp_path / "checkpoint")
+    for folder in (checkpoint / "hf", tmp_path / "model"):
+        folder.mkdir()
+    write_config(checkpoint / "hf", DENSE)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+    def check(**changes: object) -> None:
+        source = write_config(tmp_path / "model", DENSE, **changes)
+        check_checkpoint(checkpoint, read_spec(source), source)
+
+    check()
+    check(max_position_embeddings=262144)
+    with pytest.raises(CheckpointError) as raised:
+        check(rope_theta=5e6, rms_norm_eps=1e-5)
+    assert str(raised.value) == (
+        f"{checkpoint}/hf/config.json is of another model than {tmp_path}/model/config.json (rope_theta is 1000000.0 "
+        "there, 5000000.0 here; rms_norm_eps is 1e-06 there, 1e-05 here): pass as model.path the model that "
+        f"model.checkpoint={checkpoint} was saved from"
+    )
+    with pytest.raises(CheckpointError, match=r"\(rope_scaling is None there, Yarn\(factor=4\.0, .*\) here\)"):
+        check(rope_scaling=yarn)
+    write_config(checkpoint / "hf", DENSE, rope_scaling=yarn)
+    check(rope_scaling=yarn)
+    with pytest.raises(CheckpointError, match=r"\(rope_scaling\.beta_fast is 32\.0 there, 16\.0 here\)"):
+        check(rope_scaling={**yarn, "beta_fast": 16.0})
