@@ -118,7 +118,7 @@ def summarise(output: Path, stages: StageRunner) -> bool:
     print("\none OPSD step, median seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in phases.items()))
     print("\n" + report.result_table(opsd, control))
     if passed:
-        print("\nOPSD's interval lies above both others: the gain is real, and without a reference there is none.")
+        print("\nOPSD's interval lies above both others: the gain is real, and it takes a reference.")
     else:
         print("\nFAILED: OPSD's interval does not lie above both others.")
     print(f"\ncurves: {output / 'curves.png'}\nfigures: {output / 'summary.json'}\nmodel: {output / 'opsd_hf'}")
