@@ -141,7 +141,7 @@ def main() -> None:
 
 def measure(path: Path, config: Config, options: argparse.Namespace) -> None:
     """Build the model and compare."""
-    join_world()
+    join_world(config.parallel.timeout_minutes)
     config.parallel.tensor = config.rollout.tensor = dist.get_world_size()
     dims = ParallelDims.initialize(config.parallel)
     spec = read_spec(path)

@@ -58,10 +58,15 @@ def _prepare(options: argparse.Namespace, world_size: int) -> StandAlone:
 
 
 def _evaluate(options: argparse.Namespace, world_size: int) -> None:
-    evaluation = together(lambda: _prepare(options, world_size), lambda prepared: prepared.fingerprint, world_size)
+    evaluation = together(
+        lambda: _prepare(options, world_size),
+        lambda prepared: prepared.fingerprint,
+        lambda prepared: prepared.config.parallel.timeout_minutes,
+        world_size,
+    )
     from opsd_megatron.distributed.parallel import join_world
 
-    join_world()
+    join_world(evaluation.config.parallel.timeout_minutes)
     evaluation.run(lambda line: print(line, flush=True))
 
 

@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opsd_megatron.config import Config
+from opsd_megatron.config import Config, ParallelConfig
 from opsd_megatron.errors import EXIT_BAD_INPUT, ConfigError, OpsdError
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def run(arguments: list[str]) -> None:
         config, inputs = together(
             lambda: _prepare(options, world_size),
             lambda prepared: json.dumps([asdict(prepared[0]), prepared[1].identity]),
+            lambda prepared: prepared[0].parallel.timeout_minutes,
             world_size,
         )
         from opsd_megatron.trainer.setup import build_trainer
@@ -157,7 +158,9 @@ def quieten() -> None:
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 
 
-def together(prepare: Callable[[], T], fingerprint: Callable[[T], str], world_size: int) -> T:
+def together(
+    prepare: Callable[[], T], fingerprint: Callable[[T], str], timeout_minutes: Callable[[T], int], world_size: int
+) -> T:
     """What ``prepare`` returns, on every rank of the job: what is wrong on one node ends the job on all of them.
 
     Ranks: every rank of the world.
@@ -165,6 +168,7 @@ def together(prepare: Callable[[], T], fingerprint: Callable[[T], str], world_si
     Args:
         prepare: Reads and checks a rank's inputs; not collective.
         fingerprint: A digest of these, which must be the same everywhere.
+        timeout_minutes: How long ranks wait for one another (``ParallelConfig.timeout_minutes``).
         world_size: Ranks of the job.
 
     Raises:
@@ -180,7 +184,8 @@ def together(prepare: Callable[[], T], fingerprint: Callable[[T], str], world_si
         from opsd_megatron.distributed.agreement import agree
         from opsd_megatron.distributed.parallel import join_world
 
-        join_world()
+        # A rank that could not read its own settings reports that under the default limit.
+        join_world(ParallelConfig().timeout_minutes if prepared is None else timeout_minutes(prepared))
         agree(problem, "" if prepared is None else fingerprint(prepared))
     if problem is not None:
         raise problem

@@ -51,6 +51,10 @@ class ParallelConfig:
         sequence: Shard activations outside attention and MLP along the sequence (needs ``tensor > 1``, and goes with
             it for a model with experts).
         distributed_optimizer: Shard optimizer state over data-parallel ranks.
+        timeout_minutes: How long ranks wait for one another before the job is given up as hung. It must exceed what a
+            healthy rank may lag behind the others: in sampling (replicas of the engine finish at different times),
+            while rank 0 judges answers or makes a checkpoint durable, and at the start, where one node downloads or
+            reads a model that another has cached.
     """
 
     tensor: int = 1
@@ -61,6 +65,7 @@ class ParallelConfig:
     expert_tensor: int | None = None
     sequence: bool = False
     distributed_optimizer: bool = True
+    timeout_minutes: int = 30
 
 
 @dataclass

@@ -90,6 +90,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.context": (1, None),
     "parallel.expert": (1, None),
     "parallel.expert_tensor": (1, None),
+    "parallel.timeout_minutes": (1, None),
     "objective.beta": (0, 1),
     "objective.top_k": (1, None),
     "objective.importance_cap": (1, None),

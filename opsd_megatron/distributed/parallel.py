@@ -15,11 +15,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from opsd_megatron.config import ParallelConfig
 from opsd_megatron.distributed.cpu import install_cpu_stand_ins
 
-# How long a collective may wait for the slowest rank. By default torch gives up after 10 minutes (NCCL) and
-# Megatron-Core's groups after 30, less than ranks may rightly wait: replicas of the engine finish their responses at
-# different times, and rank 0 alone judges answers and makes a whole checkpoint durable.
-_TIMEOUT = timedelta(hours=2)
-
 
 @dataclass(frozen=True, eq=False)
 class ParallelDims:
@@ -69,7 +64,7 @@ class ParallelDims:
                 so earlier and better).
         """
         install_cpu_stand_ins()
-        device, owns_world = join_world()
+        device, owns_world = join_world(parallel.timeout_minutes)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -77,7 +72,7 @@ class ParallelDims:
             virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
-            distributed_timeout_minutes=_TIMEOUT // timedelta(minutes=1),
+            distributed_timeout_minutes=parallel.timeout_minutes,
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return ParallelDims(
@@ -212,10 +207,14 @@ def _device() -> torch.device:
     return device
 
 
-def join_world() -> tuple[torch.device, bool]:
+def join_world(timeout_minutes: int) -> tuple[torch.device, bool]:
     """Join torchrun's job, or make a world of this process alone.
 
     Ranks: every rank of the world; calling it again does nothing.
+
+    Args:
+        timeout_minutes: How long a collective of the world may wait for its slowest rank. torch's own limit is 10
+            minutes over NCCL, less than ranks may rightly wait for one another (``ParallelConfig.timeout_minutes``).
 
     Returns:
         Where this rank computes, and whether the default process group was made here rather than found.
@@ -224,8 +223,9 @@ def join_world() -> tuple[torch.device, bool]:
     if dist.is_initialized():
         return device, False
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device, True

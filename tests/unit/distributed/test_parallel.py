@@ -127,11 +127,12 @@ def _alone() -> None:
         assert not dist.is_initialized()
 
 
-def test_collectives_wait_two_hours() -> None:
+def test_collectives_wait_as_long_as_the_configuration_says() -> None:
     """Those of the world and of Megatron-Core's groups, with torchrun's environment and without."""
-    hours = [timedelta(hours=2)] * 2
-    assert run_distributed(_timeouts, 1, True) == [hours]
-    assert run_distributed(_timeouts, 1, False) == [hours]
+    assert ParallelConfig().timeout_minutes == 30
+    limits = [timedelta(minutes=7)] * 2
+    assert run_distributed(_timeouts, 1, True) == [limits]
+    assert run_distributed(_timeouts, 1, False) == [limits]
 
 
 def _timeouts(launched: bool) -> list[timedelta]:
@@ -140,6 +141,6 @@ def _timeouts(launched: bool) -> list[timedelta]:
     dist.destroy_process_group()
     if not launched:
         del os.environ["RANK"]
-    dims = ParallelDims.initialize(ParallelConfig())
+    dims = ParallelDims.initialize(ParallelConfig(timeout_minutes=7))
     groups = [dist.group.WORLD, dims.tp_group]
     return [group._get_backend(dims.device).options._timeout for group in groups if group is not None]
