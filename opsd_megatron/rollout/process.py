@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +23,19 @@ def prepare_environment() -> None:
     # At WARNING each rank prints a page on choices made here on purpose.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@contextmanager
+def uncompiled_on_cpu() -> Iterator[None]:
+    """On CPU, run what vLLM marks for ``torch.compile`` as it is written; the trainer's own kernels stay compiled.
+
+    Compiling vLLM's small sampling helpers takes 4 to 16 s and a C++ compiler, and gains nothing on CPU.
+    """
     if torch.cuda.is_available():
+        yield
         return
-    # Compiling vLLM's small sampling helpers takes 4 to 16 s and a C++ compiler, and gains nothing on CPU.
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    dynamo = sys.modules.get("torch._dynamo.config")
-    if dynamo is not None and os.environ["TORCH_COMPILE_DISABLE"] == "1":  # it has read the variable already
-        dynamo.disable = True  # type: ignore[attr-defined]
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from opsd_megatron.rollout.process import (
     prepare_environment,
     process_state_kept,
     random_state_kept,
+    uncompiled_on_cpu,
 )
 from opsd_megatron.rollout.stop_tokens import stop_token_ids
 from opsd_megatron.rollout.vllm_cpu import forget_expert_kernels, private_shared_memory, repack_tied_head
@@ -115,7 +116,7 @@ class VllmEngine:
         except EngineError as error:
             cause, problem = error, str(error)
         _raise_on_every_rank(problem, cause)
-        with process_state_kept(), private_shared_memory():
+        with process_state_kept(), private_shared_memory(), uncompiled_on_cpu():
             llm = _build_llm(model_path, config, max_length, read_weights=read_weights)
         world, tensor = dist.get_world_size(), config.engine_tensor
         return cls(
@@ -159,7 +160,7 @@ class VllmEngine:
                     "Raise model.max_length or lower data.max_prompt_tokens"
                 )
         own = share(len(prompts), self._replicas, self._replica)
-        with random_state_kept():
+        with random_state_kept(), uncompiled_on_cpu():
             outputs = self._draw([prompts[i] for i in own], [seeds[i] for i in own], sampling)
         return self._gather(outputs)
 
@@ -207,7 +208,7 @@ class VllmEngine:
         """
         self._has_weights = False  # should this fail half-way, the engine holds a mixture
         self._wake({"weights"})
-        with torch.no_grad(), random_state_kept():
+        with torch.no_grad(), random_state_kept(), uncompiled_on_cpu():
             if not torch.cuda.is_available():
                 self._running.apply_model(forget_expert_kernels)
             self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})

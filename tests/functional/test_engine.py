@@ -209,6 +209,18 @@ def start_failures(model: Path, empty: Path) -> dict[str, str]:
     return messages
 
 
+def compilations() -> tuple[int, int]:
+    """Frames that torch has compiled so far in this process, and in a loss of a large vocabulary after that."""
+    from torch._dynamo.utils import counters
+
+    from opsd_megatron.losses import linear_divergence
+
+    before = counters["frames"]["ok"]
+    hidden, head = torch.randn(2, 8), torch.randn(1 << 14, 8, requires_grad=True)
+    linear_divergence(hidden, head, hidden + 1, head, beta=0.5).sum().backward()
+    return before, counters["frames"]["ok"] - before
+
+
 def worker(
     bare: Path,
     model: Path,
@@ -224,6 +236,7 @@ def worker(
 
     dims = ParallelDims.initialize(ParallelConfig(tensor=2))
     seen[2] = observe(bare, model, other, 2, dims)
+    seen["compilations"] = compilations() if dist.get_rank() == 0 else None
     # Closing the engines left the trainer's groups in order.
     total = torch.tensor([1 + dist.get_rank()])
     dist.all_reduce(total, group=dims.tp_group)
@@ -304,6 +317,12 @@ def test_greedy_answers_are_those_of_transformers(
     outcome: Outcome, references: dict[str, Any], tensor: int, name: str, weights: str
 ) -> None:
     check_greedy(references[weights], outcome.answers(tensor, name))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_beside_an_engine_the_loss_is_compiled_and_the_engine_is_not(outcome: Outcome) -> None:
+    # A probe of the compiler, and the loss's three passes.
+    assert outcome.ranks[0]["compilations"] == (0, 4)
 
 
 def test_untied_head_is_updated(outcome: Outcome, references: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd_megatron.checkpoint.convert import compare_tensors, megatron_to_hf
+from opsd_megatron.checkpoint.compare import compare_tensors
+from opsd_megatron.checkpoint.convert import megatron_to_hf
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.checkpoint.layout import find_slots
 from opsd_megatron.checkpoint.record import adapters_of
@@ -106,7 +107,7 @@ def test_peft_loads_the_adapter(small: SmallRun, exported: tuple[Path, Path]) ->
 
 def sample_with_adapter(model: Path, adapter: Path) -> list[tuple[list[int], list[float]]]:
     prepare_environment()
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", TORCH_COMPILE_DISABLE="1")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

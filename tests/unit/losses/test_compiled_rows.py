@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from unittest import mock
@@ -29,6 +29,8 @@ from tests.unit.losses.kernel_checks import (
     check_extras,
     check_shard_without_probability,
 )
+from tests.unit.losses.linear_checks import Problem, grad
+from tests.unit.losses.reference import Case, dense_divergence, worst
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 CHECKS = [check_cases, check_equal_sides, check_extras, check_shard_without_probability]
@@ -125,25 +127,32 @@ class TestChoice:
     def test_no_others(self, student: Tensor) -> None:
         assert kernels_for(student, self.SPEC) is None
 
-    @pytest.mark.parametrize("how", ["disabled", "no compiler"])
+    @pytest.mark.parametrize("how", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "stance", "no compiler"])
     def test_without_a_compiler_the_loss_is_the_same(
         self, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        if how == "disabled":
-            monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-        else:
+        """And no chunk is worked on as a whole: step by step that would take a dozen temporaries of its size."""
+        if how == "no compiler":
             monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("g++ not found\nand more")))
+        elif how != "stance":
+            monkeypatch.setenv(how, "1")
+        stance = torch.compiler.set_stance("force_eager") if how == "stance" else nullcontext()
         compiled_rows._compiles.cache_clear()
-        generator = torch.Generator().manual_seed(0)
-        hidden, weight = torch.randn(4, 8, generator=generator), torch.randn(1 << 14, 8, generator=generator)
+        problem = Problem.draw(1 << 14, torch.float32, rows=40, padding=0)
+        leaves = problem.leaves(None)
         try:
-            with mock.patch.object(TorchRows, "sums", autospec=True, side_effect=TorchRows.sums) as called:
-                loss = linear_divergence(hidden, weight, hidden.flip(0), weight, **asdict(self.SPEC))
-                loss_again = linear_divergence(hidden, weight, hidden.flip(0), weight, **asdict(self.SPEC))
+            with stance, mock.patch.object(TorchRows, "sums", autospec=True, side_effect=TorchRows.sums) as called:
+                loss = linear_divergence(*leaves, **asdict(self.SPEC))
+                loss.backward(problem.upstream.float())
         finally:
             compiled_rows._compiles.cache_clear()
-        assert called.called
-        assert torch.equal(loss, loss_again)
+        assert called.call_count == 4  # two blocks of at most 32 rows, forward and again for the upstream gradient
+        hidden, weight, student, teacher = problem.logits()
+        expected = dense_divergence(student, teacher, Case(0.5))
+        assert worst(loss.detach(), expected.detach(), 1.0) < 1e-5
+        for leaf, exact in zip(leaves, problem.gradients(expected, hidden, weight), strict=False):
+            assert worst(grad(leaf), exact, 1.0) < 1e-5
         logged = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert len(logged) == (0 if how == "disabled" else 1)
-        assert all("g++ not found" in line and "and more" not in line for line in logged)
+        reasons = {"no compiler": "g++ not found", "stance": "torch.compile does nothing in this process"}
+        assert len(logged) == (1 if how in reasons else 0)
+        assert all(line.endswith(reasons[how]) for line in logged)

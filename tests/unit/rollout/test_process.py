@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from opsd_megatron.rollout.process import default_group_kept, prepare_environment, process_state_kept
+from opsd_megatron.rollout.process import (
+    default_group_kept,
+    prepare_environment,
+    process_state_kept,
+    uncompiled_on_cpu,
+)
 
 
 def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCH_COMPILE_DISABLE", "VLLM_NO_USAGE_STATS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.delitem(sys.modules, "torch._dynamo.config", raising=False)
     prepare_environment()
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
-    assert os.environ.get("TORCH_COMPILE_DISABLE") == (None if torch.cuda.is_available() else "1")
+    assert "TORCH_COMPILE_DISABLE" not in os.environ  # it would be the trainer's too
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there vLLM compiles")
+def test_only_what_runs_inside_is_left_uncompiled() -> None:
+    compiled = torch.compile(lambda values: values + int(torch.compiler.is_compiling()), backend="eager")
+    seen = []
+    for _ in range(2):
+        with uncompiled_on_cpu():
+            seen.append(int(compiled(torch.zeros(1))))
+        seen.append(int(compiled(torch.zeros(1))))
+    assert seen == [0, 1, 0, 1]
 
 
 def test_process_state_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
