@@ -6,10 +6,8 @@ parameter is in memory at a time. The two formats are in ``hf_io`` and ``hf_writ
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,31 +28,19 @@ from opsd_megatron.checkpoint.hf_writer import (
 )
 from opsd_megatron.checkpoint.layout import AdapterSlot, Slot, adapter_slots, find_slots, slots
 from opsd_megatron.checkpoint.record import adapters_of, hf_folder
-from opsd_megatron.checkpoint.state import load_model_weights, save_converted
+from opsd_megatron.checkpoint.state import save_converted
 from opsd_megatron.checkpoint.tensor_store import Chunk, TensorStore, write_chunks
-from opsd_megatron.config import Config, LoraConfig
-from opsd_megatron.distributed.parallel import ParallelDims
+from opsd_megatron.config import LoraConfig
 from opsd_megatron.errors import CheckpointError, ModelError
-from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
 from opsd_megatron.models.families import read_spec
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.rules import ADAPTER_SUFFIX
 from opsd_megatron.models.weight_map import check_tensors, hf_shapes, join_shards, read_shard, shard_shape
-from opsd_megatron.types import PackedSequences
 
 # What a checkpoint may hold; others, such as 8-bit floats, have to be cast.
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Parts of tensors that are read and written at a time, where they can be divided so finely.
 _PART_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class TensorDifference:
-    """A tensor that is not equal bit for bit. ``largest`` is None where the shapes differ or one side lacks it."""
-
-    name: str
-    reason: str
-    largest: float | None = None
 
 
 def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -190,9 +176,7 @@ def stored_tensors(
     Raises:
         CheckpointError: The checkpoint is not of this model, or a tensor is damaged.
     """
-    shapes = hf_shapes(spec)
-    adapted = any(f"{ADAPTER_SUFFIX}." in name for name in store.names())
-    settings = adapters_of(store.folder) if adapted else None
+    shapes, settings = hf_shapes(spec), stored_adapters(store)
     for slot in find_slots(store, spec, settings):
         adapters = {adapter.hf_name: adapter for adapter in adapter_slots(slot, spec, settings)}
         dtype, ones = store.dtype(slot.name), (1,) * len(slot.index)
@@ -212,6 +196,12 @@ def stored_tensors(
             else:
                 yield name, TensorPieces(shapes[name], dtype, pieces)
             row = rows.stop
+
+
+def stored_adapters(store: TensorStore) -> LoraConfig | None:
+    """What adapters a checkpoint has; ``None`` where it has none."""
+    adapted = any(f"{ADAPTER_SUFFIX}." in name for name in store.names())
+    return adapters_of(store.folder) if adapted else None
 
 
 def _merged(
@@ -312,86 +302,3 @@ def _row_pieces(store: TensorStore, slot: Slot, rows: range) -> Iterator[Tensor]
     for run in store.row_runs(slot.name, slot.index, rows):
         offset = (*slot.index, run.start, *(0 for _ in rest))
         yield store.read(slot.name, offset, (*ones, len(run), *rest)).reshape(len(run), *rest)
-
-
-def compare_tensors(source: str | Path, checkpoint: str | Path) -> tuple[int, list[TensorDifference]]:
-    """Compare every tensor of a Hugging Face directory with a checkpoint's, bit for bit.
-
-    Where the checkpoint was converted to another dtype, the directory's tensors are cast to it first.
-
-    Returns:
-        The number of tensors compared, and those that differ.
-
-    Raises:
-        CheckpointError: ``checkpoint`` is incomplete or damaged.
-        ModelError: A file of ``source`` is.
-    """
-    spec = read_spec(hf_folder(checkpoint))
-    reader = SafetensorsReader(source)
-    differences: list[TensorDifference] = []
-    names: set[str] = set()
-    for name, tensor in stored_tensors(TensorStore(Path(checkpoint)), spec):
-        names.add(name)
-        difference = _compare(name, tensor, reader)
-        if difference is not None:
-            differences.append(difference)
-    for name in reader.names():
-        # Some directories repeat a tied head.
-        if name not in names and not (spec.tied and name == "lm_head.weight"):
-            differences.append(TensorDifference(name, "not in the checkpoint"))
-            names.add(name)
-    return len(names), differences
-
-
-def _compare(name: str, tensor: TensorPieces, reader: SafetensorsReader) -> TensorDifference | None:
-    if name not in reader:
-        return TensorDifference(name, "not in the Hugging Face directory")
-    if reader.shape(name) != tensor.shape:
-        return TensorDifference(name, f"shape {reader.shape(name)} became {tensor.shape}")
-    row, largest, equal = 0, 0.0, True
-    for piece in tensor.pieces:
-        expected = reader.get(name, slice(row, row + piece.shape[0])).to(piece.dtype)
-        row += piece.shape[0]
-        if not torch.equal(expected, piece):
-            equal, largest = False, max(largest, (expected.double() - piece.double()).abs().max().item())
-    return None if equal else TensorDifference(name, "values differ", largest)
-
-
-def checkpoint_logits(checkpoint: str | Path, sequences: list[list[int]]) -> list[Tensor]:
-    """Logits of a checkpoint's model in float32.
-
-    Args:
-        checkpoint: A Megatron checkpoint.
-        sequences: Token ids; packed into one forward pass.
-
-    Returns:
-        For each sequence, ``[tokens, V]`` float32.
-    """
-    spec = read_spec(hf_folder(checkpoint))
-    lengths = [len(sequence) for sequence in sequences]
-    packed = PackedSequences(
-        ids=torch.tensor([token for sequence in sequences for token in sequence]),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        max_seqlen=max(lengths),
-        rows=torch.arange(sum(lengths)),
-    )
-    with _model(spec) as (chunks, _), torch.no_grad():
-        load_model_weights(checkpoint, chunks)
-        (model,) = chunks  # without a pipeline
-        logits = forward_packed(model, packed).squeeze(1) @ model.output_head().T
-    return list(logits[:, : spec.vocab_size].split(lengths))
-
-
-@contextmanager
-def _model(spec: Qwen3Spec) -> Iterator[tuple[list[HiddenStatesGPT], ParallelDims]]:
-    """An uninitialised float32 model on a mesh of this one process."""
-    config = Config()
-    config.model.backend = "torch"
-    config.model.dtype = "float32"
-    dims = ParallelDims.initialize(config.parallel)
-    try:
-        yield build_model(spec, config, dims), dims
-    finally:
-        dims.destroy()
-        gc.collect()

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,10 +18,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from opsd_megatron.checkpoint.convert import compare_tensors, hf_to_megatron, megatron_to_hf
+from opsd_megatron.checkpoint.compare import compare_tensors
+from opsd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from tests.distributed import run_distributed
-from tests.tiny import make_tiny_qwen3
+from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools" / "checkpoint"
@@ -107,16 +109,16 @@ def script(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the comparison says of each directory against one bfloat16 checkpoint of the first."""
+    """What the comparison says of each directory against one checkpoint of the first."""
 
     differences: dict[str, tuple[int, dict[str, str]]]
     agree: dict[str, bool]
     table: dict[str, str]
 
 
-def compare(models: Path, names: list[str]) -> Verdicts:
-    megatron = models / "megatron"
-    hf_to_megatron(models / names[0], megatron, dtype=torch.bfloat16)
+def compare(models: Path, names: list[str], dtype: torch.dtype | None) -> Verdicts:
+    megatron = models / f"{names[0]}-megatron"
+    hf_to_megatron(models / names[0], megatron, dtype=dtype)
     verdicts = Verdicts({}, {}, {})
     for name in names:
         count, differences = compare_tensors(models / name, megatron)
@@ -127,28 +129,46 @@ def compare(models: Path, names: list[str]) -> Verdicts:
     return verdicts
 
 
-def test_a_single_changed_value_is_found(tmp_path: Path) -> None:
-    names = ["model", "value", "names"]
-    for name in names:
-        weights = make_tiny_qwen3(tmp_path / name, num_layers=2) / "model.safetensors"
-        # Representable in bfloat16, so that verify's float32 logits of both sides come from equal weights.
-        tensors = {key: tensor.bfloat16().float() for key, tensor in safetensors.torch.load_file(weights).items()}
-        if name == "value":
-            tensors["model.layers.1.self_attn.k_norm.weight"][3] += 0.5
+def compare_all(models: Path, cases: list[tuple[list[str], torch.dtype | None]]) -> list[Verdicts]:
+    return [compare(models, names, dtype) for names, dtype in cases]
+
+
+def test_what_differs_is_found_and_rounding_is_not(tmp_path: Path) -> None:
+    """Models of float32, which their checkpoints keep in bfloat16; one of large logits, one of experts."""
+    theta, eps = {"rope_parameters": {"rope_type": "default", "rope_theta": 9e5}}, {"rms_norm_eps": 1e-5}
+    dense, large, moe = ["model", "value", "names", "theta", "eps"], ["large"], ["moe"]
+    for name in (*dense, *large, *moe):
+        make = make_tiny_qwen3_moe if name in moe else partial(make_tiny_qwen3, tied=name != "large")
+        weights = make(tmp_path / name, num_layers=2) / "model.safetensors"
+        tensors = safetensors.torch.load_file(weights)
+        tensors["model.layers.1.self_attn.k_norm.weight"][3] = 1.5 if name == "value" else 1.0
         if name == "names":
             tensors["extra"] = torch.ones(1)
             del tensors["model.norm.weight"]
+        if name == "large":
+            tensors["lm_head.weight"] *= 1000
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-    (verdicts,) = run_distributed(compare, 1, tmp_path, names)
+        config = weights.with_name("config.json")
+        changes = theta if name == "theta" else eps if name == "eps" else {}
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    cases = [(dense, torch.bfloat16), (large, None), (moe, torch.bfloat16)]
+    ((verdicts, of_large, of_moe),) = run_distributed(compare_all, 1, tmp_path, cases)
     assert verdicts.differences == {
         "model": (24, {}),
         "value": (24, {"model.layers.1.self_attn.k_norm.weight": "values differ"}),
         "names": (25, {"model.norm.weight": "not in the Hugging Face directory", "extra": "not in the checkpoint"}),
+        "theta": (24, {}),
+        "eps": (24, {}),
     }
-    assert verdicts.agree == {"model": True, "value": False, "names": False}
-    assert [verdicts.table[name].count("DIFFERENT") for name in names] == [0, 2, 2]
+    assert verdicts.agree == {"model": True, "value": False, "names": False, "theta": False, "eps": False}
+    assert [verdicts.table[name].count("DIFFERENT") for name in dense] == [0, 2, 2, 1, 1]
     assert "values differ by up to 0.5" in verdicts.table["value"]
     assert "not compared" in verdicts.table["names"]
+    assert all("rounded to the checkpoint's bfloat16" in table for table in verdicts.table.values())
+    assert of_large.agree == {"large": True} and "rounded" not in of_large.table["large"]
+    difference = float(of_large.table["large"].split("largest difference ")[1].split(",")[0])
+    assert difference > 1e-4, "no test of a bound that grows with the logits"
+    assert of_moe.agree == {"moe": True}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 
 from opsd_megatron.checkpoint import convert
-from opsd_megatron.checkpoint.convert import compare_tensors, hf_to_megatron, megatron_to_hf
+from opsd_megatron.checkpoint.compare import compare_tensors
+from opsd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.checkpoint.layout import find_slots
 from opsd_megatron.checkpoint.record import hf_folder
@@ -273,7 +274,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path: Path) 
 MEASURE = """
 import sys
 from pathlib import Path
-from opsd_megatron.checkpoint.convert import compare_tensors, hf_to_megatron, megatron_to_hf
+from opsd_megatron.checkpoint.compare import compare_tensors
+from opsd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
 def kilobytes(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])

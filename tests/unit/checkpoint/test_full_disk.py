@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd_megatron.checkpoint.convert import compare_tensors, hf_to_megatron, megatron_to_hf
+from opsd_megatron.checkpoint.compare import compare_tensors
+from opsd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from opsd_megatron.checkpoint.record import latest_checkpoint
 from opsd_megatron.errors import CheckpointError, OutputError
 from opsd_megatron.telemetry.files import write_atomically
