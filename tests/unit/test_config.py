@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import re
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from opsd_megatron.config import Config, LoraConfig
 from opsd_megatron.config.rules import CHOICES
@@ -154,10 +157,29 @@ def test_warm_up_must_end_before_the_decay() -> None:
 
 def test_own_configuration_directory(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrain: {steps: 7}\n")
+    mine = tmp_path / "experiment/mine.yaml"
+    mine.write_text("# @package _global_\ntrain: {steps: 7}\nobjective: {name: opsd}\n")
     assert compose_config(["experiment=mine"], str(tmp_path)).train.steps == 7
+    message = (
+        "objective=grpo has objective.name=grpo, and mine puts opsd in its place; pass objective.name=grpo as well"
+    )
+    with pytest.raises(ConfigError, match=message):
+        compose_config(["experiment=mine", "objective=grpo"], str(tmp_path))
     with pytest.raises(ConfigError, match="is not a directory"):
         compose_config([], str(tmp_path / "absent"))
+
+
+def test_a_run_is_repeated_from_its_saved_configuration(tmp_path: Path) -> None:
+    """As docs/recipes.md says; and what one is told who forgets the first line."""
+    done = compose_config(["experiment=qwen3_8b_grpo", "train.steps=7", "data.eval=e"])
+    again = tmp_path / "experiment/again.yaml"
+    again.parent.mkdir()
+    again.write_text(yaml.safe_dump(asdict(done)))
+    with pytest.raises(ConfigError, match=r"unknown key experiment: a file for experiment= .* '# @package _global_'"):
+        compose_config(["experiment=again"], str(tmp_path))
+    again.write_text("# @package _global_\n" + again.read_text())
+    assert compose_config(["experiment=again"], str(tmp_path)) == done
+    assert compose_config(["experiment=again", "train.steps=9"], str(tmp_path)).train.steps == 9
 
 
 def test_main_prints_one_line_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +260,88 @@ def test_the_ratios_bounds_are_for_several_updates() -> None:
 
 @pytest.mark.parametrize("objective", ["sft", "grpo", "sampled_token", "opsd_grpo"])
 def test_an_objective_may_be_chosen_on_top_of_a_recipe(objective: str) -> None:
-    compose_config([*REQUIRED, "recipe=opsd", f"objective={objective}"]).validate(1)
+    config = compose_config([*REQUIRED, "recipe=opsd", f"objective={objective}"])
+    config.validate(1)
+    assert config.objective.name == objective
+    assert config.rollout.samples_per_problem == (8 if config.needs.groups else 1)
+    assert config.objective.importance_cap == (2.0 if config.needs.groups else None)
+    assert (config.objective.beta, config.rollout.temperature) == (0.0, 1.1)  # what else the recipe says stays
+
+
+GROUPS = ("objective", "teacher", "rollout", "evaluation")
+
+
+def choices_of(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def values_of(group: str, choice: str) -> dict[str, Any]:
+    """What a file of ``configs/`` says, by dotted key, without what it is made of."""
+    text = (CONFIGS / group / f"{choice}.yaml").read_text()
+    values = yaml.safe_load(text)
+    values.pop("defaults", None)
+    return leaves(values, "" if text.startswith("# @package _global_") else f"{group}.")
+
+
+def test_no_file_holds_what_is_chosen_by_a_group() -> None:
+    """A value of an experiment's own replaces the group's that was chosen beside it: it would be chosen in vain."""
+    chosen = {key for group in GROUPS for choice in choices_of(group) for key in values_of(group, choice)}
+    assert {"objective.name", "objective.importance_cap", "rollout.samples_per_problem", "teacher.policy"} <= chosen
+    held = {
+        (choice, key)
+        for group in ("recipe", "size", "experiment")
+        for choice in choices_of(group)
+        for key in values_of(group, choice).keys() & chosen
+    }
+    assert held == {("quickstart_opsd", f"evaluation.{key}") for key in ("samples_per_problem", "temperature")}
+
+
+SOURCES = [f"recipe={name}" for name in choices_of("recipe") if name != "common"]
+SOURCES += [
+    f"experiment={name}" for name in ("quickstart_opsd", "quickstart_sft", "qwen3_8b_grpo", "qwen3_8b_opsd_full")
+]
+
+
+@pytest.mark.parametrize(("number", "source"), enumerate(SOURCES))
+def test_groups_chosen_beside_a_recipe_or_experiment_are_in_effect(number: int, source: str) -> None:
+    """With an error where they are not, which says what to pass."""
+    chosen = {group: choices_of(group)[number % len(choices_of(group))] for group in GROUPS}
+    overrides = [source, *(f"{group}={choice}" for group, choice in chosen.items())]
+    try:
+        config = compose_config(overrides)
+    except ConfigError as error:
+        remedy = re.fullmatch(r"(.*) has (\S+)=.* in its place; pass (\2=\S+) as well, or \2=\S+ if .*", str(error))
+        assert remedy is not None and remedy[1] in overrides and source == "experiment=quickstart_opsd"
+        config = compose_config([*overrides, remedy[3]])
+    for group, choice in chosen.items():
+        wanted = values_of(group, choice)
+        assert {key: config.get(key) for key in wanted} == wanted
+
+
+def test_every_file_can_be_refused() -> None:
+    """What a user's own files hold, and a recipe that an experiment refines for another one."""
+    with pytest.raises(
+        ConfigError, match=r"opsd_nonthinking has objective.clip=1e-06, and qwen3_8b_opsd puts 0.06 in "
+    ):
+        compose_config(["experiment=qwen3_8b_opsd", "recipe=opsd_nonthinking"])
+    stated = compose_config(["experiment=qwen3_8b_opsd", "recipe=opsd_nonthinking", "objective.clip=1e-7"])
+    assert stated.objective.clip == 1e-7 and not stated.data.teacher_thinking
+    assert compose_config(["experiment=qwen3_8b_opsd", "recipe=opsd"]).objective.clip == 0.06
+    with pytest.raises(ConfigError, match="~GROUP leaves it out"):
+        compose_config(["evaluation=null"])
+
+
+def test_keys_on_the_command_line_win_over_groups_there() -> None:
+    config = compose_config(["recipe=opsd", "objective=grpo", "rollout.samples_per_problem=4", "teacher.policy=live"])
+    assert (config.objective.name, config.rollout.samples_per_problem, config.teacher.policy) == ("grpo", 4, "live")
 
 
 def test_the_recipe_weighs_as_the_objective_does() -> None:
