@@ -1,10 +1,14 @@
 """The errors a user can cause. Each message names the file, key or line at fault and what to do about it.
 
-``train.py`` and the tools print these without a traceback and exit with ``EXIT_BAD_INPUT``; anything else is a defect
-and keeps its traceback.
+``train.py`` and the tools print these without a traceback and exit with ``EXIT_BAD_INPUT`` (``EXIT_INTERRUPTED`` where
+a run was told to stop); anything else is a defect and keeps its traceback.
 """
 
 EXIT_BAD_INPUT = 2
+# A run was told to stop and saved first; EX_TEMPFAIL of sysexits.h, "try again".
+EXIT_INTERRUPTED = 75
+# A defect, or memory that ran out.
+EXIT_DEFECT = 1
 
 
 class OpsdError(Exception):
@@ -33,6 +37,10 @@ class EngineError(OpsdError):
 
 class TrainingError(OpsdError):
     """Training cannot go on: the loss or a gradient is not finite."""
+
+
+class Interrupted(OpsdError):
+    """The run was told to stop, and has saved what it had done."""
 
 
 class OutputError(OpsdError):

@@ -311,9 +311,9 @@ def exit_status(program: Callable[[list[str]], None]) -> int:
     """Run a program on the command line's arguments.
 
     Returns:
-        0; with one line on stderr ``EXIT_INTERRUPTED`` for a run that was told to stop, ``EXIT_BAD_INPUT`` for any
-        other :class:`OpsdError` and ``EXIT_DEFECT`` where the device's memory ran out; with a traceback ``EXIT_DEFECT``
-        for any other exception.
+        0; ``EXIT_INTERRUPTED`` for a run that was told to stop; with one line on stderr ``EXIT_BAD_INPUT`` for any other
+        :class:`OpsdError`, and ``EXIT_DEFECT`` where the device's memory ran out; with a traceback ``EXIT_DEFECT`` for
+        any other exception.
     """
     rank = int(os.environ.get("RANK", "0"))
     # Read by torch when it first allocates: large tensors on the host get huge pages, where the kernel has them. It
@@ -321,14 +321,13 @@ def exit_status(program: Callable[[list[str]], None]) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         program(sys.argv[1:])
+    except Interrupted:
+        return EXIT_INTERRUPTED  # it has been said, while no rank had ended yet
     except OpsdError as error:
         if rank != 0:
             # Most errors are the same on every rank. Rank 0 reports; torchrun then ends the others within this time,
             # so that a rank speaks only where rank 0 had nothing to say.
             time.sleep(10)
-        if isinstance(error, Interrupted):
-            print(error, file=sys.stderr, flush=True)
-            return EXIT_INTERRUPTED
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +30,21 @@ def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[
     values: list[T | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return cast("list[T]", values)
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of all ranks' values, each for itself.
+
+    Ranks: every rank of the world, with equally many values; valid on all of them.
+
+    Args:
+        values: This rank's.
+        device: Where the world's backend wants tensors.
+    """
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return cast("list[float]", found.tolist())
 
 
 def gather_shards(shard: Tensor, group: dist.ProcessGroup, *, into: list[Tensor] | None = None) -> list[Tensor]:

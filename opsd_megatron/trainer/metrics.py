@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opsd_megatron.telemetry.files import write_atomically
-from opsd_megatron.telemetry.memory import memory_report
+from opsd_megatron.telemetry.memory import current_device
 from opsd_megatron.telemetry.metrics import MetricsWriter, to_json_line
 from opsd_megatron.telemetry.progress import Progress
 from opsd_megatron.telemetry.timers import PhaseTimer
@@ -50,8 +50,9 @@ class StepReporter:
         evaluation: dict[str, Any] | None,
         timer: PhaseTimer,
         packing_efficiency: float,
+        peaks: Mapping[str, float],
     ) -> None:
-        """Report one optimizer step."""
+        """Report one optimizer step; ``peaks`` are :func:`memory_peaks`, the largest of all ranks."""
         if self.writer is None or self.progress is None:
             return
         packed = sum(sample.student_tokens + sample.teacher_tokens for sample in samples)
@@ -68,7 +69,8 @@ class StepReporter:
             "packed_tokens_per_second": packed / trained,
             "seconds": seconds,
             **_sync_rate(timer),
-            **memory_report(),
+            **peaks,
+            **current_device(),
         }
         if samples:
             line["packing_efficiency"] = packing_efficiency
@@ -107,6 +109,11 @@ class StepReporter:
         )
         path = self.output_dir / "rollouts" / f"step_{step}.jsonl"
         write_atomically(path, (to_json_line(line) for line in lines))
+
+    def message(self, text: str) -> None:
+        """Show a line."""
+        if self.progress is not None:
+            self.progress.message(text)
 
     def close(self) -> None:
         """Finish the bar and the file."""

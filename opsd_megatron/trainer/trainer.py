@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from signal import Signals
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +21,9 @@ from opsd_megatron.data.packing import PackingLayout, pack, packing_efficiency, 
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.data.sampler import ProblemSampler
 from opsd_megatron.data.teacher_prompts import TeacherPrompts
+from opsd_megatron.distributed.collectives import largest
 from opsd_megatron.distributed.parallel import ParallelDims
-from opsd_megatron.errors import EngineError, TrainingError
+from opsd_megatron.errors import EngineError, Interrupted, TrainingError
 from opsd_megatron.evaluation.evaluate import Evaluator
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.objectives.base import HeadLayout, Objective, RatioObjective, weighed
@@ -29,7 +31,9 @@ from opsd_megatron.objectives.rollouts import engine_gap
 from opsd_megatron.rollout.engine import RolloutEngine, Sampling
 from opsd_megatron.rollout.weight_sync import sync_weights
 from opsd_megatron.teacher.base import TeacherPolicy
+from opsd_megatron.telemetry.memory import memory_peaks
 from opsd_megatron.telemetry.timers import PhaseTimer
+from opsd_megatron.trainer.interruption import Interruption
 from opsd_megatron.trainer.metrics import StepReporter
 from opsd_megatron.trainer.optimizer import Trainable
 from opsd_megatron.trainer.step import StepResult, forward_metrics, optimizer_step, pass_over, with_old_log_probs
@@ -106,22 +110,42 @@ class Trainer:
         Raises:
             TrainingError: The loss or a gradient is not finite.
             EngineError: The engine's log-probs are further from the trainer's than ``rollout.max_log_prob_gap``.
+            Interrupted: Any rank got SIGTERM or SIGUSR1 before the last step; the step in which it came is done and
+                saved.
         """
+        with Interruption() as interruption:
+            told = self._train(interruption)
+            if told is not None:
+                # Now, since the first rank that ends has torchrun end the others.
+                self.reporter.message(
+                    f"{told.name}: stopped after step {self.completed} of {self.config.train.steps}, which is saved; "
+                    "checkpoint.resume=true goes on from it"
+                )
+        self.reporter.close()
+        if self.engine is not None:
+            self.engine.close()
+        if told is not None:
+            raise Interrupted(told.name)
+
+    def _train(self, interruption: Interruption) -> Signals | None:
+        """Train to the last step, or until one was done after a signal; then returns that."""
         timer = PhaseTimer()
         if self.completed == 0 and self.config.evaluation.at_start:
             self.reporter.evaluation(0, self._evaluate(0, timer), timer)
         timer = PhaseTimer()
         while self.completed < self.config.train.steps:
-            self._step(timer)
+            told = self._step(timer, interruption)
             # A new timer before saving: a step's line is on disk before the checkpoint that vouches for it, so the
             # save is charged to the next line.
             timer = PhaseTimer()
-            self._save(timer)
-        self.reporter.close()
-        if self.engine is not None:
-            self.engine.close()
+            stops = told is not None and self.completed < self.config.train.steps
+            self._save(timer, anyway=stops)
+            if stops:
+                return told
+        return None
 
-    def _step(self, timer: PhaseTimer) -> None:
+    def _step(self, timer: PhaseTimer, interruption: Interruption) -> Signals | None:
+        """One optimizer step and its report; the signal that any rank got so far."""
         step = self.completed + 1
         problems = [self.problems[index] for index in self.sampler.next()]
         rollouts, figures = self._rollouts(problems, step, timer)
@@ -146,7 +170,12 @@ class Trainer:
         evaluation = self._evaluate(step, timer)
         result = replace(result, metrics={**result.metrics, **figures})
         efficiency = sum(share.efficiency for share in shares) / max(len(shares), 1)
-        self.reporter.step(step, result, samples, rollouts, evaluation, timer, efficiency)
+        peaks = memory_peaks()
+        # One small exchange a step: how much memory each rank used, and whether one was told to stop.
+        *values, number = largest([*peaks.values(), interruption.number], self.dims.device)
+        peaks = dict(zip(peaks, values, strict=True))
+        self.reporter.step(step, result, samples, rollouts, evaluation, timer, efficiency, peaks)
+        return Signals(int(number)) if number else None
 
     def _updates(self, step: int, shares: list[_Share], timer: PhaseTimer) -> StepResult:
         """The updates of one step, each on its own share of the samples."""
@@ -313,10 +342,11 @@ class Trainer:
         with self._awake(timer, "evaluation") as engine, timer("evaluation"):
             return self.evaluator.evaluate(engine, step)
 
-    def _save(self, timer: PhaseTimer) -> None:
+    def _save(self, timer: PhaseTimer, *, anyway: bool) -> None:
+        """Save where the configuration asks for it, or ``anyway``."""
         step, settings = self.completed, self.config.checkpoint
         last = step == self.config.train.steps
-        if not ((settings.every and step % settings.every == 0) or (last and settings.at_end)):
+        if not (anyway or (settings.every and step % settings.every == 0) or (last and settings.at_end)):
             return
         with timer("checkpoint"):
             root = Path(self.config.output_dir) / "checkpoints"

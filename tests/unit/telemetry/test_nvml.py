@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from opsd_megatron.telemetry.memory import memory_report, peak_host_gib
+from opsd_megatron.telemetry.memory import current_device, memory_peaks, peak_host_gib
 from opsd_megatron.telemetry.nvml import device_report
 
 UUID = "12345678-aaaa-bbbb-cccc-1234567890ab"
@@ -93,7 +93,7 @@ def test_without_the_package_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_without_cuda_the_report_is_the_host_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     install(monkeypatch, "nvmlInit")
-    assert list(memory_report()) == ["host_peak_gib"]
+    assert list(memory_peaks()) == ["host_peak_gib"] and current_device() == {}
 
 
 def test_with_cuda_the_report_holds_allocator_and_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,9 @@ def test_with_cuda_the_report_holds_allocator_and_driver(monkeypatch: pytest.Mon
     devices = {1: SimpleNamespace(uuid=UUID)}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: devices[index])
     install(monkeypatch)
-    first, second = memory_report(), memory_report()
-    assert first == {"host_peak_gib": first["host_peak_gib"], "allocator_peak_gib": 2.0, **WHOLE}
+    first, second = memory_peaks(), memory_peaks()
+    assert first == {"host_peak_gib": first["host_peak_gib"], "allocator_peak_gib": 2.0}
+    assert current_device() == WHOLE
     assert second["allocator_peak_gib"] == 1.0  # since the last report
 
 

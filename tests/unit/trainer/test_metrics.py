@@ -44,7 +44,7 @@ def report(reporter: StepReporter, step: int, loss: float, divergence: float) ->
         timer.moved("sync", 3_000_000)
         timer.moved("sync", 1_000_000)
     result = StepResult({"loss": loss, "divergence": divergence}, grad_norm=1.5, lr=0.1, rows=2)
-    reporter.step(step, result, [SAMPLE], [ROLLOUT], None, timer, 0.75)
+    reporter.step(step, result, [SAMPLE], [ROLLOUT], None, timer, 0.75, {"host_peak_gib": 0.5})
 
 
 def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.StringIO) -> None:
@@ -59,6 +59,7 @@ def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.St
     assert line["truncated"] == 1.0 and line["policy_version"] == 3
     assert line["sampled_tokens"] == len(ROLLOUT.generation.token_ids)
     assert line["alarm"] is None
+    assert line["host_peak_gib"] == 0.5
     assert line["sync_gb"] == 0.004
     assert line["sync_gb_per_second"] == 0.004 / line["seconds"]["sync"]
     assert "loss 0.25 div 0.5 |g| 1.5" in shown.getvalue()
@@ -68,7 +69,7 @@ def test_a_step_without_samples_has_no_loss(reporter: StepReporter, tmp_path: Pa
     timer = PhaseTimer()
     with timer("rollout"):
         pass
-    reporter.step(4, StepResult({"taught": 0.0}, 0.0, 0.1, rows=0), [], [ROLLOUT], None, timer, 0.0)
+    reporter.step(4, StepResult({"taught": 0.0}, 0.0, 0.1, rows=0), [], [ROLLOUT], None, timer, 0.0, {})
     (line,) = lines(tmp_path)
     assert line["taught"] == line["grad_norm"] == line["tokens"] == 0 and line["alarm"] is None
     assert line["sampled_tokens"] == len(ROLLOUT.generation.token_ids) > 0
