@@ -180,6 +180,39 @@ def topk_differences(problem: Problem, case: Case, support: TopK, chunk_rows: in
     )
 
 
+def check_ties(support: TopK, chunk_rows: int | None) -> None:
+    """Equal logits at the last place of the support, on every rank: some of them belong to it, and no more than that.
+
+    Which ones is open. Where both sides have the same head row at all of these entries the loss does not depend on it,
+    nor do the hidden gradient and the sum of those entries' weight gradients.
+    """
+    group = world()
+    problem = Problem.draw(WIDTH, torch.float64)
+    tied = torch.arange(3, WIDTH, WIDTH // 8)
+    for hidden, weight in (
+        (problem.student_hidden, problem.student_weight),
+        (problem.teacher_hidden, problem.teacher_weight),
+    ):
+        # Every row's logit is 20 there, and 25 at one entry that has the first place to itself.
+        hidden[:, 0], weight[:, 0] = 1.0, 0.0
+        weight[tied] = weight[1] = 0.0
+        weight[tied, 0], weight[1, 0] = 20.0, 25.0
+    leaves = problem.leaves(group)
+    loss = linear_divergence(*leaves, beta=0.5, tp_group=group, chunk_rows=chunk_rows, support=support)
+    loss.backward(problem.upstream)
+    hidden, weight, student, teacher = problem.logits()
+    expected = dense_topk(student, teacher, Case(0.5), support)
+    grad_hidden, grad_weight = problem.gradients(expected, hidden, weight)
+    own_tied = shard_of(torch.zeros(WIDTH, 1).index_fill_(0, tied, 1), 0, group)[:, 0].bool()
+    tied_sum = grad(leaves[1])[own_tied].sum(0)
+    if group is not None:
+        dist.all_reduce(tied_sum, group=group)
+    assert worst(loss.detach(), expected.detach(), 1.0) < 1e-12
+    assert worst(grad(leaves[0]), grad_hidden, 1.0) < 1e-12
+    assert worst(grad(leaves[1])[~own_tied], shard_of(grad_weight, 0, group)[~own_tied], 1.0) < 1e-12
+    assert worst(tied_sum, grad_weight[tied].sum(0), 1.0) < 1e-12
+
+
 def sampled_token_differences(problem: Problem, temperature: float, clip: float | None) -> float:
     """Of loss, log-probabilities and gradients from the definition, by autograd on dense logits."""
     group = world()
@@ -256,7 +289,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def check_equal_sides_are_zero(hidden: Tensor, weight: Tensor, case: Case, *, vocab: int, chunk_rows: int) -> None:
+def check_equal_sides_are_zero(
+    hidden: Tensor, weight: Tensor, case: Case, *, vocab: int, chunk_rows: int, support: TopK | None = None
+) -> None:
     """Equal hidden states and weights in different memory: loss and gradients are zero to the last bit.
 
     ``hidden`` and ``weight``, this rank's shard of ``world()``, are leaves without gradients.
@@ -270,9 +305,10 @@ def check_equal_sides_are_zero(hidden: Tensor, weight: Tensor, case: Case, *, vo
         tp_group=world(),
         vocab_size=vocab,
         chunk_rows=chunk_rows,
+        support=support,
     )
     loss.sum().backward()
     zero = (loss, grad(hidden), grad(weight), facts.divergence, facts.clip_fraction, facts.forward_kl, facts.reverse_kl)
     for tensor in zero:
-        assert torch.equal(tensor, torch.zeros_like(tensor)), case
+        assert torch.equal(tensor, torch.zeros_like(tensor)), (case, support)
     assert torch.equal(facts.top1_agreement, torch.ones_like(loss))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 from unittest import mock
 
 import torch
@@ -38,6 +40,17 @@ def all_cases() -> list[Case]:
         cases += [Case(beta, temperature), Case(beta, temperature, 1e-3, "none")]
         cases += [Case(beta, temperature, *clip) for clip in itertools.product(CLIPS, CLIP_MODES)]
     return cases
+
+
+def some_cases(count: int, seed: int = 0) -> list[Case]:
+    """A sample of ``count`` of them, the same on every rank, with every beta, every temperature and every clip mode."""
+    for draw in itertools.count(seed):
+        chosen = random.Random(draw).sample(all_cases(), count)
+        kinds = {(case.beta, None, None) for case in chosen} | {(None, case.temperature, None) for case in chosen}
+        kinds |= {(None, None, case.clip_mode) for case in chosen if case.clip is not None}
+        if len(kinds) == len(BETAS) + len(TEMPERATURES) + len(get_args(ClipMode)):
+            return chosen
+    raise AssertionError
 
 
 def entries(s: Tensor, t: Tensor, case: Case) -> Tensor:

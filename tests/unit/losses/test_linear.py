@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from opsd_megatron.losses import (
     Diagnostics,
+    Side,
+    Tail,
     TopK,
     linear_cross_entropy,
     linear_divergence,
@@ -27,6 +30,7 @@ from tests.unit.losses.linear_checks import (
     LargestTensor,
     Problem,
     check_equal_sides_are_zero,
+    check_ties,
     cross_entropy_differences,
     divergence_differences,
     expected_diagnostics,
@@ -41,19 +45,20 @@ from tests.unit.losses.reference import (
     count_collectives,
     dense_divergence,
     shard_of,
+    some_cases,
     world,
     worst,
 )
 
 
 def _check_mesh(every: int = 1) -> None:
-    """Everything there is to check on one mesh, on each ``every``-th member of the family."""
+    """Everything there is to check on one mesh, on one in ``every`` members of the family: of each kind some."""
     chunks = (None, 1, 3, 7, 100)
     # 48: no padding. 43: a partly padded last shard. 30: at tp 4 a shard of nothing but padding.
     for vocab in (48, 43, 30):
         for dtype, unit, tolerance in ((torch.float64, None, 1e-10), (torch.float32, 1.0, 1e-5)):
             problem = Problem.draw(vocab, dtype)
-            for number, case in enumerate(all_cases()[:: (3 if vocab == 43 else 17) * every]):
+            for number, case in enumerate(some_cases((70 if vocab == 43 else 20) // every, seed=vocab)):
                 weighted = number % 2 == 0
                 difference = divergence_differences(
                     problem, case, chunks[number % len(chunks)], unit, weighted=weighted
@@ -62,19 +67,43 @@ def _check_mesh(every: int = 1) -> None:
             for chunk_rows in chunks:
                 difference = cross_entropy_differences(problem, chunk_rows)
                 assert difference < tolerance, (vocab, dtype, chunk_rows, difference)
-            for number, case in enumerate(all_cases()[:: 13 * every]):
+            for number, case in enumerate(some_cases(20 // every, seed=vocab + 1)):
                 support = SUPPORTS[number % len(SUPPORTS)]
                 difference = topk_differences(problem, case, support, chunks[number % len(chunks)])
                 assert difference < tolerance, (vocab, dtype, case, support, difference)
             for temperature, clip in ((1.0, None), (0.7, 0.5), (1.1, None)):
                 difference = sampled_token_differences(problem, temperature, clip)
                 assert difference < tolerance, (vocab, dtype, temperature, clip, difference)
+    _check_shapes(16 // every)
+    for support in SUPPORTS:
+        if support.k == 4:
+            check_ties(support, chunk_rows=3)
     _check_collectives()
     _check_diagnostics(every)
     _check_equal_sides(every)
     _check_no_rows()
     _check_frozen_parts()
     _check_bad_input()
+
+
+def _check_shapes(count: int) -> None:
+    """Any shapes, a single row and shards of nothing but padding among them; the same on every rank."""
+    group = world()
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    draw = random.Random(0)
+    for number, case in enumerate(some_cases(max(count, 8), seed=7)):
+        rows = 1 if number % 4 == 0 else draw.randint(1, 6)
+        width = ranks * draw.randint(1, 4)
+        vocab = draw.randint(min(2, width), width)
+        problem = Problem.draw(vocab, torch.float64, rows=rows, seed=number, padding=width - vocab)
+        chunk_rows = draw.choice([None, 1, 2, 5])
+        support = TopK(draw.randint(1, vocab), draw.choice(get_args(Side)), draw.choice(get_args(Tail)))
+        shape = (rows, vocab, width, chunk_rows)
+        assert divergence_differences(problem, case, chunk_rows, 1.0, weighted=number % 2 == 0) < 1e-12, (shape, case)
+        assert cross_entropy_differences(problem, chunk_rows) < 1e-12, shape
+        assert sampled_token_differences(problem, case.temperature, case.clip) < 1e-12, (shape, case)
+        if support.k < vocab:
+            assert topk_differences(problem, case, support, chunk_rows) < 1e-12, (shape, case, support)
 
 
 def _check_collectives() -> None:
@@ -113,7 +142,7 @@ def _check_diagnostics(every: int) -> None:
     group = world()
     problem = Problem.draw(43, torch.float32, rows=64)
     some_agree = set()
-    for case in all_cases()[:: 5 * every]:
+    for case in some_cases(40 // every):
         leaves = problem.leaves(group)
         loss, diagnostics = linear_divergence_with_diagnostics(
             *leaves, **asdict(case), tp_group=group, vocab_size=43, chunk_rows=10, target_ids=problem.targets
@@ -140,10 +169,11 @@ def _check_equal_sides(every: int) -> None:
     generator = torch.Generator().manual_seed(1)
     whole_hidden, whole_weight = torch.randn(33, 128, generator=generator), torch.randn(384, 128, generator=generator)
     for dtype in (torch.float32, torch.bfloat16):
-        for case in all_cases()[:: (2 if dtype == torch.float32 else 9) * every]:
+        for number, case in enumerate(some_cases((80 if dtype == torch.float32 else 20) // every)):
             hidden = whole_hidden.to(dtype, copy=True).requires_grad_()
             weight = shard_of(whole_weight.to(dtype), 0, group).requires_grad_()
-            check_equal_sides_are_zero(hidden, weight, case, vocab=370, chunk_rows=16)
+            support = (None, None, TopK(9), TopK(9, "student", "renormalise"))[number % 4]
+            check_equal_sides_are_zero(hidden, weight, case, vocab=370, chunk_rows=16, support=support)
 
 
 def _check_no_rows() -> None:

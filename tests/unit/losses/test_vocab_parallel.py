@@ -24,6 +24,7 @@ from tests.unit.losses.reference import (
     dense_divergence,
     dense_topk,
     shard_of,
+    some_cases,
     world,
     worst,
 )
@@ -94,23 +95,26 @@ def _gather(shard: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _check_mesh() -> None:
-    """On this mesh: exactness, padding, collectives, empty batches, equal sides, reported NaN."""
+def _check_mesh(every: int = 1) -> None:
+    """On this mesh: exactness, padding, collectives, empty batches, equal sides, reported NaN.
+
+    On one in ``every`` members of the family: of each kind some.
+    """
     # 48: no padding. 43: a partly padded last shard. 30: at tp 4 a shard of nothing but padding.
-    for vocab, cases in ((48, all_cases()[::7]), (43, all_cases()[::2]), (30, all_cases()[::7])):
-        loss, gradient, where = _differences(vocab, torch.float64, cases)
+    for vocab, count in ((48, 32), (43, 104), (30, 32)):
+        loss, gradient, where = _differences(vocab, torch.float64, some_cases(count // every, seed=vocab))
         assert loss < 1e-11, (vocab, loss)
         assert gradient < 1e-10, (vocab, gradient, where)
     for support in (TopK(1), TopK(9, "student"), TopK(20, tail="renormalise")):
-        loss, gradient, where = _differences(43, torch.float64, all_cases()[::11], support)
+        loss, gradient, where = _differences(43, torch.float64, some_cases(20 // every), support)
         assert loss < 1e-11, (support, loss)
         assert gradient < 1e-10, (support, gradient, where)
-    loss, gradient, where = _differences(43, torch.float32, all_cases()[::3])
+    loss, gradient, where = _differences(43, torch.float32, some_cases(72 // every))
     assert loss < 3e-6, loss
     assert gradient < 1e-6, (gradient, where)
     _check_collectives()
     _check_no_rows()
-    _check_equal_sides()
+    _check_equal_sides(every)
     _check_bad_input()
 
 
@@ -134,10 +138,10 @@ def _check_no_rows() -> None:
     assert student.grad.shape == (0, 12)
 
 
-def _check_equal_sides() -> None:
+def _check_equal_sides(every: int) -> None:
     group = world()
-    for dtype, cases in ((torch.float32, all_cases()), (torch.bfloat16, all_cases()[::7])):
-        for case in cases:
+    for dtype, count in ((torch.float32, 208), (torch.bfloat16, 32)):
+        for case in some_cases(count // every):
             student = shard_of(_logits(7, WIDTH, scale=6.0)[0].to(dtype), 1, group).requires_grad_()
             loss = vocab_parallel_divergence(student, student.detach().clone(), **asdict(case), tp_group=group)
             loss.sum().backward()
@@ -166,7 +170,8 @@ def test_on_one_rank() -> None:
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_across_shards(tp: int) -> None:
-    run_distributed(_check_mesh, tp, timeout=300.0)
+    # More ranks than cores take turns, and the family is the same on all of them.
+    run_distributed(_check_mesh, tp, tp // 2, timeout=300.0)
 
 
 def _naive_forward_kl(student: Tensor, teacher: Tensor, group: dist.ProcessGroup) -> Tensor:
