@@ -52,16 +52,53 @@ def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype
         dtype: float32 or bfloat16; ``None`` keeps every tensor's.
 
     Raises:
-        ModelError: ``source`` is no complete Qwen3, or a tensor is damaged; names it and its file.
+        ModelError: ``source`` is no complete Qwen3, a tensor is damaged, or tensors of different types would be stored
+            as one; names them and their files.
         CheckpointError: ``output`` exists or cannot be written; nothing is left there.
     """
     source, output = Path(source), Path(output)
     refuse_existing(output)
     spec = read_spec(source)
-    reader = SafetensorsReader(source)
+    reader = _CheckedReader(source)
     check_tensors(spec, reader)
+    if dtype is None:
+        _check_dtypes(spec, reader)
     chunks = [chunk for slot in slots(spec) for chunk in _chunks(slot, spec, reader, dtype)]
     save_converted(output, partial(write_chunks, chunks=chunks), source=source)
+
+
+class _CheckedReader(SafetensorsReader):
+    """Refuses tensors that hold NaN or infinities, by name, since several are put together to one parameter."""
+
+    def get(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        tensor = super().get(name, rows, columns)
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{self.file_of(name)}: tensor {name} is damaged: it holds numbers that are NaN or infinite"
+            )
+        return tensor
+
+
+def _check_dtypes(spec: Qwen3Spec, reader: SafetensorsReader) -> None:
+    """Check that tensors which are stored as one, such as those of all layers, are of one type, and of a stored one.
+
+    Raises:
+        ModelError: They are not.
+    """
+    firsts: dict[str, str] = {}
+    for slot in slots(spec):
+        for name in slot.place.hf_names:
+            first = firsts.setdefault(slot.name, name)
+            if reader.dtype(name) not in _STORED_DTYPES:
+                reason = "which a checkpoint does not hold"
+            elif reader.dtype(name) != reader.dtype(first):
+                reason = f"but {first}, which is stored with it, {reader.dtype(first)} in {reader.file_of(first)}"
+            else:
+                continue
+            raise ModelError(
+                f"{reader.file_of(name)}: tensor {name} is {reader.dtype(name)}, {reason}: pass --dtype float32 or "
+                "bfloat16"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,15 +114,10 @@ def _chunks(slot: Slot, spec: Qwen3Spec, reader: SafetensorsReader, dtype: torch
     """A parameter as the chunks it is stored in; each is read when it is written."""
     name = slot.place.hf_names[0]
     target = dtype or reader.dtype(name)
-    if target not in _STORED_DTYPES:
-        raise ModelError(f"{reader.file_of(name)}: tensor {name} is {target}: pass --dtype float32 or bfloat16")
     ones = (1,) * len(slot.index)
 
     def read(part: _Part) -> Tensor:
-        tensor = part.get()
-        if not is_finite(tensor):
-            raise ModelError(f"{_files(slot, reader)} is damaged: it holds numbers that are NaN or infinite")
-        return cast_checked(name, tensor, target).reshape(*ones, *part.shape)
+        return cast_checked(name, part.get(), target).reshape(*ones, *part.shape)
 
     return [
         Chunk(
@@ -127,10 +159,6 @@ def _fineness(divisible: int, size: int) -> int:
     """The fewest equal parts that are small enough, of those that ``divisible`` things can be divided into."""
     divisors = [n for n in range(1, divisible + 1) if divisible % n == 0]
     return next((n for n in divisors if size <= n * _PART_BYTES), divisible)
-
-
-def _files(slot: Slot, reader: SafetensorsReader) -> str:
-    return " or ".join(f"{reader.file_of(name)}: tensor {name}" for name in slot.place.hf_names)
 
 
 def megatron_to_hf(

@@ -259,7 +259,8 @@ class TensorStore:
                 part.seek(0)
                 tensor = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(name):
-                raise ValueError(f"it holds {tuple(tensor.shape)}, not {tuple(chunk.sizes)}")
+                held, listed = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(chunk.sizes)} {self.dtype(name)}"
+                raise ValueError(f"it holds {held}, not {listed} as .metadata lists")
         except Exception as error:  # damage can raise anything
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise CheckpointError(f"{file}: tensor {name} at {tuple(chunk.offsets)} is damaged: {reason}") from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Protocol
 
@@ -48,6 +49,8 @@ class TensorReader(Protocol):
         ...
 
 
+# Files named in a message.
+_FILES = 3
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -168,9 +171,11 @@ def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
     if missing := [name for name in expected if name not in found]:
         raise ModelError(f"{_source(reader)} {_list(missing)} missing; config.json calls for {len(expected)} tensors")
     allowed = set(expected) | ({HEAD.hf[0]} if spec.tied else set())
-    if extra := sorted(found - allowed):
+    if extra := sorted(found - allowed, key=lambda name: (_source(reader, name), name)):
+        listed = [f"{source} {_list(list(names))}" for source, names in groupby(extra, partial(_source, reader))]
+        files = f" and tensors in {len(listed) - _FILES} more files" if len(listed) > _FILES else ""
         raise ModelError(
-            f"{_source(reader, extra[0])} {_list(extra)} not expected by config.json "
+            f"{'; '.join(listed[:_FILES])}{files} not expected by config.json "
             f"(num_hidden_layers={spec.num_layers}, tie_word_embeddings={str(spec.tied).lower()})"
         )
     for name, shape in expected.items():

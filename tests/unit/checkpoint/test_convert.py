@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from opsd_megatron.checkpoint import convert
 from opsd_megatron.checkpoint.compare import compare_tensors
@@ -190,16 +191,57 @@ def test_weights_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
         megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
 
 
-def test_damaged_numbers_are_named_with_their_file(tmp_path: Path) -> None:
-    source = make_tiny_qwen3(tmp_path / "model", num_layers=2, max_shard_size="100KB")
-    name = "model.layers.1.mlp.up_proj.weight"
-    file = SafetensorsReader(source).file_of(name)
+def change(file: Path, name: str, action: Callable[[Tensor], Tensor]) -> None:
+    """Replace a tensor of a safetensors file."""
     tensors = safetensors.torch.load_file(file)
-    tensors[name][3, 4] = float("nan")
+    tensors[name] = action(tensors[name])
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{file}: tensor {name} is damaged: it holds numbers that are NaN"):
+
+
+@pytest.mark.parametrize("kind", ["mlp.up", "self_attn.k", "mlp.down"])
+def test_damaged_numbers_are_named_with_their_file(tmp_path: Path, kind: str) -> None:
+    """Of several tensors that become one parameter, the one that is damaged."""
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=2, max_shard_size="100KB")
+    name = f"model.layers.1.{kind}_proj.weight"
+    file = SafetensorsReader(source).file_of(name)
+    change(file, name, lambda tensor: tensor.index_fill(0, torch.tensor(3), torch.nan))
+    with pytest.raises(ModelError) as raised:
         hf_to_megatron(source, tmp_path / "megatron")
+    assert str(raised.value) == f"{file}: tensor {name} is damaged: it holds numbers that are NaN or infinite"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [("mlp.down", "model.layers.0.mlp.down_proj"), ("self_attn.k", "model.layers.0.self_attn.q_proj")],
+)
+def test_tensors_that_are_stored_as_one_are_of_one_type(tmp_path: Path, kind: str, first: str) -> None:
+    """A layer's among those of all layers; a key projection beside the query's."""
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=2)
+    file, layer = source / "model.safetensors", first.split(".")[2] if kind.endswith("k") else 1
+    name = f"model.layers.{layer}.{kind}_proj.weight"
+    change(file, name, Tensor.bfloat16)
+    with pytest.raises(ModelError) as raised:
+        hf_to_megatron(source, tmp_path / "megatron")
+    assert str(raised.value) == (
+        f"{file}: tensor {name} is torch.bfloat16, but {first}.weight, which is stored with it, torch.float32 in "
+        f"{file}: pass --dtype float32 or bfloat16"
+    )
+    assert not (tmp_path / "megatron").exists()
+    hf_to_megatron(source, tmp_path / "megatron", dtype=torch.float32)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert compare_tensors(source, tmp_path / "megatron")[1] == []
+    change(file, name, lambda tensor: tensor.to(torch.float8_e4m3fn))
+    with pytest.raises(ModelError, match=r"is torch\.float8_e4m3fn, which a checkpoint does not hold: pass --dtype"):
+        hf_to_megatron(source, tmp_path / "eight")
+
+
+def test_a_tensor_of_its_own_may_be_of_its_own_type(tmp_path: Path) -> None:
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=2, dtype=torch.bfloat16)
+    change(source / "model.safetensors", "model.norm.weight", Tensor.float)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert same(source, tmp_path / "back")
 
 
 def test_numbers_too_large_for_a_cast_are_errors(tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_runs_of_rows_follow_the_chunks(tmp_path: Path) -> None:
     assert store.row_runs("b", (), range(6)) == [range(4), range(4, 6)]
 
 
+def test_a_chunk_of_another_type_than_listed_is_named(tmp_path: Path) -> None:
+    write_chunks(tmp_path, cut(tensor(), (0, 3), (0, 7), (0, 5)))
+    store = TensorStore(tmp_path)
+    store._tensors["a"].properties.dtype = torch.float32
+    with pytest.raises(CheckpointError, match=r"holds \(3, 7, 5\) torch\.bfloat16, not \(3, 7, 5\) torch\.float32 as"):
+        store.read("a", (0, 0, 0), SHAPE)
+
+
 def test_megatron_core_loads_it(tmp_path: Path) -> None:
     write_chunks(tmp_path, cut(tensor(), (0, 1, 2, 3), (0, 3, 7), (0, 5)))
     assert run_distributed(load_with_megatron_core, 2, tmp_path) == [True, True]

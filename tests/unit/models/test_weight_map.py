@@ -234,6 +234,21 @@ def test_extra_tensors_are_named() -> None:
         check_tensors(SPEC, reader)
 
 
+class OverFiles(DictReader):
+    def file_of(self, name: str) -> str:
+        return f"{'ab'[name.endswith('up_proj.weight')]}.safetensors"
+
+
+def test_extra_tensors_are_named_with_the_file_of_each() -> None:
+    names = [f"model.layers.4.mlp.{kind}_proj.weight" for kind in ("down", "gate", "up")]
+    reader = OverFiles(random_reader().tensors | {name: torch.zeros(1) for name in names})
+    with pytest.raises(ModelError) as raised:
+        check_tensors(SPEC, reader)
+    assert str(raised.value).startswith(
+        f"a.safetensors: tensors {names[0]}, {names[1]} are; b.safetensors: tensor {names[2]} is not expected by config"
+    )
+
+
 def test_a_wrong_shape_is_named_with_its_file() -> None:
     reader = WithFiles(random_reader().tensors | {"model.norm.weight": torch.zeros(7)})
     with pytest.raises(ModelError, match=r"00002\.safetensors: tensor model\.norm\.weight has shape \(7,\).*\(6,\)"):
