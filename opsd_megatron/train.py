@@ -311,9 +311,9 @@ def exit_status(program: Callable[[list[str]], None]) -> int:
     """Run a program on the command line's arguments.
 
     Returns:
-        0; ``EXIT_INTERRUPTED`` for a run that was told to stop; with one line on stderr ``EXIT_BAD_INPUT`` for any other
-        :class:`OpsdError`, and ``EXIT_DEFECT`` where the device's memory ran out; with a traceback ``EXIT_DEFECT`` for
-        any other exception.
+        0; ``EXIT_INTERRUPTED`` for a run that was told to stop; with one line on stderr ``EXIT_BAD_INPUT`` for any
+        other :class:`OpsdError`, and ``EXIT_DEFECT`` where the device's memory ran out; with a traceback
+        ``EXIT_DEFECT`` for any other exception.
     """
     rank = int(os.environ.get("RANK", "0"))
     # Read by torch when it first allocates: large tensors on the host get huge pages, where the kernel has them. It

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -83,6 +83,7 @@ class Trainer:
         identity: What tells this run's checkpoints from another's.
         completed: Optimizer steps done so far.
         engine_version: Optimizer steps behind the engine's weights; -1 while it has none of the trainer's.
+        interruption: Whether this rank was told to stop.
     """
 
     config: Config
@@ -103,6 +104,7 @@ class Trainer:
     identity: dict[str, Any]
     completed: int = 0
     engine_version: int = -1
+    interruption: Interruption = field(default_factory=Interruption)
 
     def run(self) -> None:
         """Train to ``train.steps``, evaluating and saving as configured, and free the engine.
@@ -113,8 +115,8 @@ class Trainer:
             Interrupted: Any rank got SIGTERM or SIGUSR1 before the last step; the step in which it came is done and
                 saved.
         """
-        with Interruption() as interruption:
-            told = self._train(interruption)
+        with self.interruption:
+            told = self._train()
             if told is not None:
                 # Now, since the first rank that ends has torchrun end the others.
                 self.reporter.message(
@@ -127,14 +129,14 @@ class Trainer:
         if told is not None:
             raise Interrupted(told.name)
 
-    def _train(self, interruption: Interruption) -> Signals | None:
+    def _train(self) -> Signals | None:
         """Train to the last step, or until one was done after a signal; then returns that."""
         timer = PhaseTimer()
         if self.completed == 0 and self.config.evaluation.at_start:
             self.reporter.evaluation(0, self._evaluate(0, timer), timer)
         timer = PhaseTimer()
         while self.completed < self.config.train.steps:
-            told = self._step(timer, interruption)
+            told = self._step(timer)
             # A new timer before saving: a step's line is on disk before the checkpoint that vouches for it, so the
             # save is charged to the next line.
             timer = PhaseTimer()
@@ -144,7 +146,7 @@ class Trainer:
                 return told
         return None
 
-    def _step(self, timer: PhaseTimer, interruption: Interruption) -> Signals | None:
+    def _step(self, timer: PhaseTimer) -> Signals | None:
         """One optimizer step and its report; the signal that any rank got so far."""
         step = self.completed + 1
         problems = [self.problems[index] for index in self.sampler.next()]
@@ -172,7 +174,7 @@ class Trainer:
         efficiency = sum(share.efficiency for share in shares) / max(len(shares), 1)
         peaks = memory_peaks()
         # One small exchange a step: how much memory each rank used, and whether one was told to stop.
-        *values, number = largest([*peaks.values(), interruption.number], self.dims.device)
+        *values, number = largest([*peaks.values(), self.interruption.number], self.dims.device)
         peaks = dict(zip(peaks, values, strict=True))
         self.reporter.step(step, result, samples, rollouts, evaluation, timer, efficiency, peaks)
         return Signals(int(number)) if number else None

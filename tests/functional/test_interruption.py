@@ -16,19 +16,18 @@ from tests.functional.test_resume import trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# In step 3 rank 1 tells torchrun's agent to stop, and goes on once torchrun has passed that on to it. Rank 0 may learn of
-# it in that step or later.
+# In step 3 rank 1 tells torchrun's agent to stop, and goes on once torchrun has passed that on to it. Rank 0 may learn
+# of it in that step or later.
 SIGNALLED = """
 import os, signal, time
-from opsd_megatron.trainer.interruption import Interruption
 from opsd_megatron.trainer.trainer import Trainer
 plain = Trainer._step
-def step(self, timer, interruption):
+def step(self, timer):
     if self.completed == 2 and self.dims.rank == 1:
         os.kill(os.getppid(), signal.SIGTERM)
-        while not interruption.number:
+        while not self.interruption.number:
             time.sleep(0.01)
-    return plain(self, timer, interruption)
+    return plain(self, timer)
 Trainer._step = step
 """
 # In step 2 rank 1 has a defect, while rank 0 waits for it in a collective.
