@@ -23,6 +23,10 @@ _TILE_ROWS = 128
 # steps then stay in the cache and never exist for a whole chunk.
 _BLOCK_ELEMENTS = 1 << 19
 _NOT_UNIT = "the loss's upstream gradient is not 1 in all rows, as unit_upstream of the head's weight promises"
+_NOT_FINITE = (
+    "the gradient of the student's hidden states holds NaN or infinities: either its head holds -inf (0 times which is "
+    "NaN), or factors of its rows are not finite"
+)
 # Rows of a half-precision head that are widened at a time on CPU: few enough to stay in the cache.
 _WIDENED_ROWS = 2048
 
@@ -62,17 +66,32 @@ class Head:
                 torch.mm(hidden, block.t(), out=out[:, rows])
         return out
 
+    def narrowed(self, grad_logits: Tensor) -> Tensor:
+        """The logits' gradient as both products take it: on GPUs in the weight's dtype, rounded once for both."""
+        return grad_logits.to(self._weight.dtype) if self._half and not self._on_cpu else grad_logits
+
     def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
-        """This rank's part of the hidden states' gradient, ``[r, columns] -> [r, H]``; the rest is on other ranks."""
+        """This rank's part of the hidden states' gradient, ``[r, columns] -> [r, H]``; the rest is on other ranks.
+
+        Args:
+            grad_logits: As :meth:`narrowed` gives it.
+        """
         grad_logits = grad_logits.to(self._weight.dtype)
         if self._half and not self._on_cpu:
             return torch.mm(grad_logits, self._weight, out_dtype=torch.float32)
         return torch.mm(grad_logits, self._weight)
 
     def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place; the first one is written."""
+        """Add a chunk's weight gradient to ``total``, ``[columns, H]`` float32, in place; the first one is written.
+
+        Args:
+            total: The sum so far.
+            grad_logits: ``[r, columns]``, as :meth:`narrowed` gives it.
+            hidden: ``[r, H]``.
+            first: Whether there is nothing in ``total`` yet.
+        """
         if self._half and not self._on_cpu:
-            grad_logits, hidden = grad_logits.to(self._weight.dtype), hidden.to(self._weight.dtype)
+            hidden = hidden.to(self._weight.dtype)
             if first:
                 torch.mm(grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
             else:
@@ -131,6 +150,7 @@ class HeadGradients:
 
     def add(self, head: Head, rows: slice, grad_logits: Tensor) -> None:
         """Take in the logit gradient of one chunk, ``[r, columns]``."""
+        grad_logits = head.narrowed(grad_logits) if self.wanted else grad_logits
         if self._hidden is not None:
             self._hidden[rows] = head.hidden_gradient(grad_logits)
         if self._weight is not None:
@@ -166,10 +186,15 @@ class HeadGradients:
             raise RuntimeError(_NOT_UNIT)
 
     def take_hidden(self, scale: Tensor | None) -> Tensor | None:
-        """The hidden states' gradient times ``scale`` (a scalar; ``None`` for 1), in their dtype."""
+        """The hidden states' gradient times ``scale`` (a scalar; ``None`` for 1), in their dtype.
+
+        Raises:
+            FloatingPointError: It is not finite; on every rank if it is summed. On CUDA found out later.
+        """
         if self._hidden is None:
             return None
         self._wait()
+        _require(self._hidden.isfinite().all(), FloatingPointError(_NOT_FINITE))
         return _scaled(self._hidden, scale).to(self._hidden_in.dtype)
 
     def take_weight(self, weight: Tensor, scale: Tensor | None) -> Tensor | None:
@@ -189,7 +214,8 @@ class HeadGradients:
         if main_grad is None:
             return _scaled(self._weight, scale).to(self._weight_dtype)
         if self._at_once:
-            _check_unit(scale)
+            if scale is not None:
+                _require(scale == 1, RuntimeError(_NOT_UNIT))
         else:
             main_grad.add_(_scaled(self._weight, scale))
         if getattr(weight, "zero_out_wgrad", False):
@@ -279,13 +305,12 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, stop))
 
 
-def _check_unit(scale: Tensor | None) -> None:
-    if scale is None:
-        return
-    if scale.is_cuda:
-        torch._assert_async(scale == 1, _NOT_UNIT)
-    elif scale != 1:
-        raise RuntimeError(_NOT_UNIT)
+def _require(truth: Tensor, error: Exception) -> None:
+    """Raise ``error`` unless ``truth``. A GPU finds out by itself, later, so that nobody waits for it."""
+    if truth.device.type != "cpu":
+        torch._assert_async(truth, str(error))
+    elif not truth:
+        raise error
 
 
 def _scaled(gradient: Tensor, scale: Tensor | None) -> Tensor:

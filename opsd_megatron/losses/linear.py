@@ -62,7 +62,9 @@ def linear_divergence(
 
     Raises:
         ValueError: An argument is out of range or shapes do not fit.
-        FloatingPointError: NaN or +inf among a side's logits; names the side. Raised on every rank.
+        FloatingPointError: NaN or +inf among a side's logits; names the side. Raised on every rank. A logit of -inf is
+            an entry without probability, but -inf in the student's head makes the hidden gradient NaN, which backward
+            raises (on CUDA an assertion on the device, seen at its next synchronisation).
 
     Ranks: all of ``tp_group``, with equal ``R``. Two collectives a chunk, of a few numbers a row (with a support, a few
     and ``2 k``), and one all-reduce in all, of the hidden gradient if it is to be summed. All in forward, unless the

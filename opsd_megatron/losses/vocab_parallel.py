@@ -75,7 +75,10 @@ class _Divergence(torch.autograd.Function):
             ctx.save_for_backward(student.to(dtype))
             return student.new_empty(0, dtype=dtype)
         # Copies of the true columns that may be overwritten; the student's by the gradient.
-        own, teacher = (side[:, : task.shard.columns].to(dtype, copy=True) for side in (student, teacher))
+        own, teacher = (
+            side[:, : task.shard.columns].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for side in (student, teacher)
+        )
         with_gradient = with_gradient and ctx.needs_input_grad[0]
         result = finished(task.evaluate(own, teacher, slice(None), None, with_gradient=with_gradient))
         check_rows(dict(zip(("student", "teacher"), result.bad, strict=True)))

@@ -53,16 +53,17 @@ def test_half_precision_products_end_in_float32() -> None:
     shard = VocabShard.of(WIDTH, COLUMNS, None)
     hidden, weight = empty(ROWS, HIDDEN, dtype=torch.bfloat16), empty(WIDTH, HIDDEN, dtype=torch.bfloat16)
     head = Head(weight, shard)
+    gradients = HeadGradients(hidden, weight, shard, for_hidden=True, for_weight=True, reduce_hidden=True)
     with _Products() as products:
         logits = head.logits(hidden, head.buffer(ROWS))
-        assert head.hidden_gradient(logits).dtype == torch.float32
-        total = empty(COLUMNS, HIDDEN)
-        head.add_weight_gradient(total, logits, hidden, first=True)
-        head.add_weight_gradient(total, logits, hidden, first=False)
+        gradients.add(head, slice(0, ROWS), logits)
+        gradients.add(head, slice(0, ROWS), logits)
+    assert products.casts == [logits.shape] * 2  # one of each chunk's gradient, for both of its products
     assert [name for name, _ in products.seen] == [
         "aten::mm.dtype_out",
         "aten::mm.dtype",
         "aten::mm.dtype_out",
+        "aten::mm.dtype",
         "aten::addmm.dtype_out",
     ]
     for _, tensors in products.seen:
@@ -72,16 +73,19 @@ def test_half_precision_products_end_in_float32() -> None:
 
 
 class _Products(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the matrix products, by operator and positional tensors."""
+    """Remembers the matrix products, by operator and positional tensors, and the shapes that were cast."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, list[Tensor]]] = []
+        self.casts: list[torch.Size] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         if "mm" in func._schema.name:
             name = f"{func._schema.name}.{func._schema.overload_name}"
             self.seen.append((name, [arg for arg in args if isinstance(arg, Tensor)]))
+        if func._schema.name == "aten::_to_copy":
+            self.casts.append(args[0].shape)
         return func(*args, **(kwargs or {}))
 
 

@@ -219,6 +219,20 @@ def _check_bad_input() -> None:
         getattr(problem, f"{side}_weight")[WIDTH - 1, 0] = torch.nan
         with pytest.raises(FloatingPointError, match=rf"the {side}'s logits hold NaN .* in 7 of 7 rows"):
             linear_divergence(*problem.leaves(group), beta=0.5, tp_group=group, chunk_rows=2)
+    # An entry that the student cannot take is none of the divergence's, but its head row spoils the hidden gradient.
+    for side in ("student", "teacher"):
+        problem = Problem.draw(WIDTH, torch.float32)
+        getattr(problem, f"{side}_hidden").abs_()
+        getattr(problem, f"{side}_weight")[WIDTH - 1] = -torch.inf
+        leaves = problem.leaves(group)
+        loss = linear_divergence(*leaves, beta=0.5, tp_group=group, chunk_rows=2)
+        assert loss.isfinite().all()
+        if side == "teacher":
+            loss.sum().backward()
+            assert grad(leaves[0]).isfinite().all()
+            continue
+        with pytest.raises(FloatingPointError, match="gradient of the student's hidden states holds NaN"):
+            loss.sum().backward()
     problem = Problem.draw(WIDTH, torch.float32)
     problem.teacher_hidden.fill_(1.0)
     problem.teacher_weight[problem.targets[2]] = -torch.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict
 from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opsd_megatron.losses import TopK, vocab_parallel_divergence
+from opsd_megatron.losses.row_losses import DivergenceLoss
 from tests.distributed import run_distributed
 from tests.unit.losses.reference import (
     BETAS,
@@ -220,6 +222,23 @@ def test_gradcheck(beta: float) -> None:
             ),
             student.clone().requires_grad_(),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_logits(dtype: torch.dtype) -> None:
+    """Kernels take rows that are contiguous: what they get is a copy that is, whatever the caller's layout."""
+    student, teacher, _ = (tensor.to(dtype) for tensor in _logits(5, WIDTH))
+    transposed = student.t().contiguous().t().requires_grad_()
+    with mock.patch.object(DivergenceLoss, "evaluate", autospec=True, side_effect=DivergenceLoss.evaluate) as evaluate:
+        loss = vocab_parallel_divergence(transposed, teacher.t().contiguous().t(), beta=0.5)
+    assert all(logits.is_contiguous() for logits in evaluate.call_args.args[1:3])
+    plain = student.clone().requires_grad_()
+    expected = vocab_parallel_divergence(plain, teacher, beta=0.5)
+    assert torch.equal(loss, expected)
+    loss.sum().backward()
+    expected.sum().backward()
+    assert transposed.grad is not None and plain.grad is not None
+    assert torch.equal(transposed.grad, plain.grad)
 
 
 @pytest.mark.parametrize("beta", BETAS)
