@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_megatron.losses import compiled_rows, linear_divergence
+from opsd_megatron.losses import compiled_rows, linear_divergence, vocab_parallel_divergence
 from opsd_megatron.losses.compiled_rows import RowKernels, compiled_kernels, kernels_for
 from opsd_megatron.losses.divergences import DivergenceSpec
 from opsd_megatron.losses.row_losses import DivergenceLoss
@@ -68,9 +68,9 @@ def test_the_functions_on_two_ranks(check: Callable[..., None]) -> None:
 
 @needs_compiler
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [1, 3, 6])
 def test_compiled(number: int) -> None:
-    """A clipped endpoint at a temperature, and the middle: with a C++ compiler, for any number of rows."""
+    """Both endpoints, clipped and at a temperature, and the middle: with a C++ compiler, for any number of rows."""
     with through(compiled_kernels):
         # Chunks of 3 and 2 rows, and one of all 5: one compilation does for all.
         for chunk_rows in (3, None):
@@ -83,6 +83,20 @@ def test_compiled(number: int) -> None:
 def test_equal_sides_stay_exactly_equal_where_operations_are_fused() -> None:
     with through(compiled_kernels):
         check_equal_sides(lambda: through(compiled_kernels), "cpu", every=7)
+
+
+@needs_compiler
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_is_no_number_is_reported_through_compiled_kernels(side: str, value: float) -> None:
+    """In whatever column: a vectorised maximum must not lose a NaN."""
+    for column in (0, 5, 300):
+        logits = {"student": torch.zeros(5, 301), "teacher": torch.zeros(5, 301)}
+        logits[side][3, column] = value
+        with through(compiled_kernels), pytest.raises(FloatingPointError) as failure:
+            vocab_parallel_divergence(logits["student"], logits["teacher"], **asdict(CASES[3]))
+        assert str(failure.value) == f"the {side}'s logits hold NaN or infinities in 1 of 5 rows, first in 3"
 
 
 @needs_compiler
