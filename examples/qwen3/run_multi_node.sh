@@ -11,6 +11,9 @@
 # MASTER_PORT    a port that is free there (29500)
 # GPUS_PER_NODE  GPUs to use on each node (8)
 # DRY_RUN=1      print the command and the composed configuration, and start nothing; needs no GPU
+#
+# SIGTERM or SIGUSR1 to this script, on every node, ends the run after the step it is in, which is saved
+# (docs/multinode.md).
 set -euo pipefail
 
 : "${NNODES:?set it to the number of nodes}"
@@ -63,4 +66,32 @@ if [[ "${DRY_RUN:-0}" == 1 ]]; then
     printf '\n# configuration:\n'
     exec python -m opsd_megatron.train --cfg job "${overrides[@]}"
 fi
-exec "${command[@]}"
+
+# A job of its own (-m), which leaves SIGINT alone as a plain background job would not; torchrun ignores SIGUSR1.
+set -m
+(
+    trap '' USR1
+    exec "${command[@]}"
+) &
+launcher=$!
+# Told to stop, the ranks save after the step they are in. They are told past torchrun, which kills them 30 seconds after
+# a signal of its own. A second SIGTERM is passed on to torchrun.
+# shellcheck disable=SC2329 # the trap calls it
+stop() {
+    trap 'kill -TERM "$launcher"' TERM
+    if ! command -v pkill >/dev/null; then
+        echo "warning: no pkill here (package procps): torchrun gives the ranks 30 seconds" >&2
+        kill -TERM "$launcher"
+    fi
+    pkill -USR1 -P "$launcher" || true # none yet, or none any more
+}
+trap stop TERM USR1
+trap 'kill -INT "$launcher"' INT
+trap 'kill -HUP "$launcher"' HUP
+# A signal ends `wait` with a status above 128 while torchrun goes on.
+status=0
+while true; do
+    wait "$launcher" && status=0 || status=$?
+    kill -0 "$launcher" 2>/dev/null || break
+done
+exit "$status"

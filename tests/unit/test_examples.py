@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,10 +142,18 @@ def test_slurm_dry_run_shows_both_commands() -> None:
     commands, config = dry_run("slurm.sbatch", "train.steps=7", SRUN_ARGS="--container-image=a --container-mounts=/b")
     script = EXAMPLE / "run_multi_node.sh"
     assert commands[0] == (
-        f"# command: srun --kill-on-bad-exit=1 --container-image=a --container-mounts=/b {script} train.steps=7"
+        f"# command: srun --kill-on-bad-exit=1 --container-image=a --container-mounts=/b {script} "
+        "checkpoint.resume=true train.steps=7"
     )
     assert "--rdzv-conf is_host=1" in commands[1] and "train.steps=7" in commands[1]
-    assert config["train"]["steps"] == 7
+    assert config["train"]["steps"] == 7 and config["checkpoint"]["resume"] is True
+
+
+def stand_in(folder: Path, programs: dict[str, str]) -> None:
+    """Put bash scripts of these names and bodies into ``folder``."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\nset -eu\n{body}\n")
+        (folder / name).chmod(0o755)
 
 
 def test_inside_a_slurm_job_every_node_gets_its_part(tmp_path: Path) -> None:
@@ -151,11 +161,9 @@ def test_inside_a_slurm_job_every_node_gets_its_part(tmp_path: Path) -> None:
     stand_ins = {
         "scontrol": 'printf "%s\\n" gpu07 gpu09',
         "srun": 'for node in 0 1; do SLURM_NODEID=$node "${@:2}"; done',
-        "torchrun": 'echo "$CUDA_DEVICE_MAX_CONNECTIONS" "$@"',
+        "torchrun": 'echo "$CUDA_DEVICE_MAX_CONNECTIONS" "$SRUN_CPUS_PER_TASK" "$OMP_NUM_THREADS" "$@"',
     }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nset -eu\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    stand_in(tmp_path, stand_ins)
     finished = run_script(
         "slurm.sbatch",
         "train.steps=7",
@@ -164,14 +172,57 @@ def test_inside_a_slurm_job_every_node_gets_its_part(tmp_path: Path) -> None:
         SLURM_NNODES="2",
         SLURM_JOB_ID="123456",
         SLURM_GPUS_ON_NODE="4",
+        SLURM_CPUS_PER_TASK="26",
         SLURM_SUBMIT_DIR=str(ROOT),
+        OMP_NUM_THREADS="",
     )
     assert finished.returncode == 0, finished.stderr
     calls = finished.stdout.splitlines()
     assert [call.replace(f"is_host={1 - node}", "is_host=X") for node, call in enumerate(calls)] == [
-        "1 --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint gpu07:23456 --rdzv-id opsd-gpu07-23456 "
-        "--rdzv-conf is_host=X -m opsd_megatron.train experiment=qwen3_1.7b_opsd train.steps=7"
+        "1 26 6 --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint gpu07:23456 "
+        "--rdzv-id opsd-gpu07-23456 --rdzv-conf is_host=X -m opsd_megatron.train experiment=qwen3_1.7b_opsd "
+        "checkpoint.resume=true train.steps=7"
     ] * 2
+
+
+def test_a_slurm_job_near_its_time_limit_stops_its_ranks_and_is_queued_again(tmp_path: Path) -> None:
+    """The batch script's SIGUSR1 arrives at the ranks, past torchrun, which ignores it and ends when they have."""
+    log, rank = tmp_path / "log", tmp_path / "rank.py"
+    # In Python as the real one is: bash could not listen to a signal that was ignored when it began.
+    rank.write_text(
+        "import signal, sys\n"
+        "def save(*_): print('saved', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, save)\n"
+        "print('ready', flush=True)\n"
+        "while True: signal.pause()\n"
+    )
+    stand_in(
+        tmp_path,
+        {
+            "scontrol": f'[[ $1 == show ]] && echo gpu07 || echo "scontrol $*" >> {log}',
+            "srun": 'SLURM_NODEID=0 exec "${@:2}"',
+            "torchrun": f"kill -USR1 $$\n{sys.executable} {rank} >> {log} || exit 1",
+        },
+    )
+    job = subprocess.Popen(
+        ["bash", str(EXAMPLE / "slurm.sbatch")],
+        env=environment(
+            PATH=f"{tmp_path}:{environment()['PATH']}",
+            SLURM_JOB_NODELIST="gpu07",
+            SLURM_NNODES="1",
+            SLURM_JOB_ID="123456",
+            SLURM_SUBMIT_DIR=str(ROOT),
+        ),
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=30) == 1
+    finally:
+        job.kill()
+    assert log.read_text().splitlines() == ["ready", "saved", "scontrol requeue 123456"]
 
 
 def test_slurm_script_outside_a_job_is_an_error() -> None:
