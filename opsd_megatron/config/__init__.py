@@ -78,6 +78,11 @@ class Config:
         return self.needs.teacher and PRIVILEGED[self.data.privileged].solutions
 
     @property
+    def needs_answers(self) -> bool:
+        """Whether every training problem must have an answer."""
+        return self.needs_verdicts or (self.needs.teacher and PRIVILEGED[self.data.privileged].answers)
+
+    @property
     def needs_verdicts(self) -> bool:
         """Whether the answers of training rollouts are judged."""
         return self.needs.verdicts or (self.needs.teacher and PRIVILEGED[self.data.privileged].verdicts)

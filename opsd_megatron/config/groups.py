@@ -140,7 +140,8 @@ class DataConfig:
         eval: The same for held-out problems, or a known set by its name, see ``evaluation_sets.yaml``; ``None``: none.
         problem_column: Column with the statement.
         solution_column: Column with the reference solution.
-        answer_column: Column with the final answer; where absent, the solution's last ``\\boxed{}`` is the answer.
+        answer_column: Column with the final answer, which has to exist where answers are needed; ``None``: the column
+            ``answer``, if there is one. A row without an answer has that of the solution's last ``\\boxed{}``.
         response_column: Column with the supervised target; ``None``: the solution column.
         role_column: Column saying whose prompt the supervised target follows; ``None``: the student's.
         student_template: File with the student's user message; ``None``: the packaged ``prompts/student.txt``.
@@ -173,7 +174,7 @@ class DataConfig:
     eval: str | None = None
     problem_column: str = "problem"
     solution_column: str = "solution"
-    answer_column: str = "answer"
+    answer_column: str | None = None
     response_column: str | None = None
     role_column: str | None = None
     student_template: str | None = None
@@ -314,6 +315,9 @@ class EvaluationConfig:
         top_p: Nucleus mass.
         top_k: Candidates kept; -1 for all.
         max_new_tokens: Longest response; ``None``: ``rollout.max_new_tokens``.
+        max_length: Longest sequence (prompt and response) in tokens, apart from training's ``model.max_length``; the
+            engine takes the longer of the two. ``None``: as long as the longest prompt and its response need, up to the
+            model's ``max_position_embeddings``.
         judge_seconds: Time limit on judging one answer, of training rollouts too where the objective has them judged.
         thinking: ``enable_thinking`` of the prompts; ``None``: ``data.student_thinking``.
     """
@@ -329,6 +333,7 @@ class EvaluationConfig:
     top_p: float = 1.0
     top_k: int = -1
     max_new_tokens: int | None = None
+    max_length: int | None = None
     judge_seconds: float = 5.0
     thinking: bool | None = None
 

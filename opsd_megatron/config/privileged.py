@@ -21,12 +21,14 @@ class PrivilegedNeeds:
 
     Attributes:
         solutions: Every training problem's reference solution.
+        answers: Every training problem's answer.
         verdicts: Whether each rollout's answer is right; every training problem then needs an answer.
         siblings: Several rollouts of each problem.
         nothing: There is no text: the teacher's message is the student's own.
     """
 
     solutions: bool = False
+    answers: bool = False
     verdicts: bool = False
     siblings: bool = False
     nothing: bool = False
@@ -34,7 +36,7 @@ class PrivilegedNeeds:
 
 PRIVILEGED: dict[str, PrivilegedNeeds] = {
     "reference": PrivilegedNeeds(solutions=True),
-    "answer": PrivilegedNeeds(),
+    "answer": PrivilegedNeeds(answers=True),
     "siblings": PrivilegedNeeds(verdicts=True, siblings=True),
     "none": PrivilegedNeeds(nothing=True),
     "shuffled": PrivilegedNeeds(solutions=True),

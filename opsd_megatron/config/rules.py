@@ -122,6 +122,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluation.responses_per_call": (1, None),
     "evaluation.temperature": (0, None),
     "evaluation.max_new_tokens": (1, None),
+    "evaluation.max_length": (2, None),
     "checkpoint.every": (0, None),
     "checkpoint.keep": (1, None),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,28 @@ class EvaluationSet:
         """Read the set.
 
         Args:
-            config: ``data`` of the run; its columns are used where the set has none of its own.
+            config: ``data`` of the run; its columns are used where the set has none of its own, and the column
+                ``answer`` in a set that lacks ``answer_column``.
             most: Use only the first so many problems; ``None``: all.
 
         Raises:
             DataError: The source cannot be read, or a problem has no statement or no answer.
         """
+        read = partial(
+            load_problems,
+            source=self.source,
+            needs_solution=False,
+            needs_response=False,
+            needs_answer=True,
+            without=self.without,
+        )
         try:
-            problems = load_problems(
-                replace(config, **self.columns),
-                self.source,
-                needs_solution=False,
-                needs_response=False,
-                needs_answer=True,
-                without=self.without,
-            )
+            problems = read(replace(config, **self.columns))
         except DataError as error:
             if not self.columns:
+                if config.answer_column is not None:  # the training data's own, perhaps
+                    with suppress(DataError):
+                        return read(replace(config, answer_column="answer"))[:most]
                 raise
             raise DataError(
                 f"{error}; {self.name} is a known set whose columns are fixed: for data with others pass {self.source} "

@@ -52,6 +52,7 @@ def load_problems(
     needs_solution: bool,
     needs_response: bool,
     needs_answer: bool = False,
+    uses_answer: bool = True,
     without: Mapping[str, Collection[str]] | None = None,
 ) -> list[Problem]:
     """Read every problem of a source, checked.
@@ -68,15 +69,16 @@ def load_problems(
         needs_response: Every row must have a supervised target (objective ``sft``), from ``data.response_column`` or,
             without one, the solution column; rows for the teacher's prompt must also have a solution.
         needs_answer: Every row must have an answer, in its column or in the solution's last box.
+        uses_answer: Answers are read for a purpose: a column named for them must be there.
         without: Leaves out rows whose column has one of these values.
 
     Raises:
         DataError: The source cannot be read or holds no rows, or a row lacks a column, has an empty or wrongly typed
-            value, or an unknown role; or no row has the answer column, which is not the default. Names the source and
-            the line or row.
+            value, or an unknown role; or no row has the answer column that was named. Names the source and the line
+            or row.
     """
     problems: list[Problem] = []
-    first, answer_found = None, config.answer_column == DataConfig().answer_column
+    first, answer_found = None, config.answer_column is None or not uses_answer
     for row in _rows(source):
         if any(row.columns.get(column) in values for column, values in (without or {}).items()):
             continue
@@ -85,12 +87,16 @@ def load_problems(
         )
         problems.append(one)
         first = first or row
-        answer_found = answer_found or _value(row, config.answer_column) is not None
+        answer_found = answer_found or _value(row, _answer_column(config)) is not None
     if first is None:
         raise DataError(f"{source}: holds no rows; a data source needs at least one problem")
     if not answer_found:
         # No row has what the user named: a solution's box must not stand in for it unnoticed.
-        _value(first, config.answer_column, key="data.answer_column")
+        raise DataError(
+            f"{first.where}: no column {config.answer_column!r}, here or in any other row; it has: "
+            f"{', '.join(first.columns)}; name the one to use with data.answer_column=NAME, or take each "
+            "solution's last \\boxed{} with data.answer_column=null"
+        )
     return problems
 
 
@@ -234,9 +240,9 @@ def _problem(
         solution = value if isinstance(value, str) else ""
     answer = _answer(row, config, solution)
     if needs_answer and answer is None:
-        _value(row, config.answer_column, key="data.answer_column")
+        _value(row, _answer_column(config), key="data.answer_column")
         raise DataError(
-            f"{row.where}: column {config.answer_column!r} (data.answer_column) is empty, and the solution in "
+            f"{row.where}: column {_answer_column(config)!r} (data.answer_column) is empty, and the solution in "
             f"{config.solution_column!r} (data.solution_column) has no \\boxed{{}} to take it from; fill it in or "
             "remove the row"
         )
@@ -294,8 +300,12 @@ def _role(row: _Row, config: DataConfig) -> Role:
     return cast(Role, role)
 
 
+def _answer_column(config: DataConfig) -> str:
+    return "answer" if config.answer_column is None else config.answer_column
+
+
 def _answer(row: _Row, config: DataConfig, solution: str) -> str | None:
-    value = _value(row, config.answer_column)
+    value = _value(row, _answer_column(config))
     # Some sets hold lists: of one answer, or of all solutions of an equation.
     parts = [_answer_text(row, config, part) for part in (value if isinstance(value, list) else [value])]
     return ", ".join(part for part in parts if part is not None) or last_boxed(solution)
@@ -311,7 +321,7 @@ def _answer_text(row: _Row, config: DataConfig, value: object) -> str | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(int(value) if isinstance(value, float) and value.is_integer() else value)
     raise DataError(
-        f"{row.where}: column {config.answer_column!r} (data.answer_column) holds {_kind(value)} where text or a "
+        f"{row.where}: column {_answer_column(config)!r} (data.answer_column) holds {_kind(value)} where text or a "
         "number is needed"
     )
 

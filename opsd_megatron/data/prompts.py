@@ -95,6 +95,7 @@ class PromptBuilder:
         config: Templates, thinking modes, ``privileged``, ``boundary``, ``analyse_first``, ``max_prompt_tokens``.
         max_length: Longest sequence, prompt and response together, in tokens.
         max_new_tokens: Tokens kept free for the response after every prompt.
+        length_key: The key of the configuration that ``max_length`` comes from.
 
     Attributes:
         config: As given.
@@ -108,11 +109,18 @@ class PromptBuilder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, max_length: int, max_new_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        *,
+        max_length: int,
+        max_new_tokens: int,
+        length_key: str = "model.max_length",
     ) -> None:
         self._tokenizer = tokenizer
         self.config = config
         self._max_length = max_length
+        self._length_key = length_key
         self.max_new_tokens = max_new_tokens
         self._templates = _Templates.of(config)
         self._thinking: dict[Role, bool] = {"student": config.student_thinking, "teacher": config.teacher_thinking}
@@ -120,7 +128,7 @@ class PromptBuilder:
         if max_new_tokens >= max_length:
             raise ConfigError(
                 f"responses of {max_new_tokens} tokens (rollout.max_new_tokens, evaluation.max_new_tokens) leave no "
-                f"room for a prompt within the {max_length} tokens of model.max_length (by default the model's "
+                f"room for a prompt within the {max_length} tokens of {length_key} (by default the model's "
                 "max_position_embeddings); lower the former"
             )
         self.chat = Chat(tokenizer)
@@ -262,7 +270,7 @@ class PromptBuilder:
             return self.config.max_prompt_tokens, f"data.max_prompt_tokens={self.config.max_prompt_tokens}"
         analysis = ", data.analysis_max_tokens" if self.config.analyse_first else ""
         return room, (
-            f"model.max_length={self._max_length} less the {kept} tokens of the response (rollout.max_new_tokens, "
+            f"{self._length_key}={self._max_length} less the {kept} tokens of the response (rollout.max_new_tokens, "
             f"evaluation.max_new_tokens{analysis}, or the supervised target)"
         )
 

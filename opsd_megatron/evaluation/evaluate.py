@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from opsd_megatron.config import Config, EvaluationConfig
 from opsd_megatron.data.boxed import last_boxed
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.distributed.collectives import broadcast_object
-from opsd_megatron.errors import DataError
+from opsd_megatron.errors import ConfigError, DataError
 from opsd_megatron.evaluation.answers import Judge, Verdict
 from opsd_megatron.evaluation.figures import EvaluationResult, summarize
 from opsd_megatron.evaluation.record_file import RecordFile
@@ -108,16 +108,42 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(settings.temperature, settings.top_p, settings.top_k, limit)
 
 
-def evaluation_prompts(tokenizer: PreTrainedTokenizerBase, config: Config, *, max_length: int) -> PromptBuilder:
+def evaluation_prompts(tokenizer: PreTrainedTokenizerBase, config: Config, *, positions: int) -> PromptBuilder:
     """Prompts for evaluation: the student's, with evaluation's thinking mode and room for its responses.
 
+    Args:
+        tokenizer: The model's.
+        config: ``data``, ``evaluation`` and ``rollout.max_new_tokens`` are used.
+        positions: The model's longest sequence, in tokens.
+
     Raises:
-        ConfigError: Responses leave no room for a prompt, or a template file is wrong.
+        ConfigError: ``evaluation.max_length`` is longer than the model allows, responses leave no room for a prompt, or
+            a template file is wrong.
         ModelError: The tokenizer has no chat template.
     """
     thinking = config.data.student_thinking if config.evaluation.thinking is None else config.evaluation.thinking
-    data = replace(config.data, student_thinking=thinking)
-    return PromptBuilder(tokenizer, data, max_length=max_length, max_new_tokens=sampling_of(config).max_new_tokens)
+    data, length = replace(config.data, student_thinking=thinking), config.evaluation.max_length
+    if length is not None and length > positions:
+        raise ConfigError(
+            f"evaluation.max_length={length} is above the model's max_position_embeddings; use at most {positions}"
+        )
+    limit, room = length or positions, sampling_of(config).max_new_tokens
+    return PromptBuilder(tokenizer, data, max_length=limit, max_new_tokens=room, length_key="evaluation.max_length")
+
+
+def evaluation_length(sets: Iterable[Sequence[Problem]], prompts: PromptBuilder, config: Config) -> int:
+    """The longest sequence that evaluation asks of the engine, in tokens; every prompt is checked to fit.
+
+    Args:
+        sets: What is evaluated on.
+        prompts: Renders its prompts (:func:`evaluation_prompts`).
+        config: ``evaluation.max_length`` is used, where it is set.
+
+    Raises:
+        DataError: A prompt is too long; names the problem, the length and the limit.
+    """
+    longest = max((len(prompts.student(problem)) for problems in sets for problem in problems), default=0)
+    return config.evaluation.max_length or longest + prompts.max_new_tokens
 
 
 def check_answers(problems: Sequence[Problem]) -> None:

@@ -20,9 +20,9 @@ from opsd_megatron.checkpoint.record import hf_folder
 from opsd_megatron.checkpoint.tensor_store import TensorStore
 from opsd_megatron.config import Config
 from opsd_megatron.data.evaluation_sets import EvaluationSet, load_sets
-from opsd_megatron.data.prompts import PromptBuilder, check_prompts
+from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.evaluation.answers import Judge
-from opsd_megatron.evaluation.evaluate import evaluate, evaluation_prompts, on_rank_0, sampling_of
+from opsd_megatron.evaluation.evaluate import evaluate, evaluation_length, evaluation_prompts, on_rank_0, sampling_of
 from opsd_megatron.evaluation.figures import EvaluationResult
 from opsd_megatron.models.config_file import ConfigFile
 from opsd_megatron.models.families import FAMILIES, read_spec, resolve_model_path
@@ -49,7 +49,7 @@ class StandAlone:
         checkpoint: Where the weights are, if not in ``source``.
         tokenizer: The model's.
         prompts: Renders problems.
-        max_length: Longest sequence in tokens.
+        max_length: Longest sequence that the engine takes, in tokens.
         sets: What to evaluate on, each with its problems.
         weights: Digest of the weights.
     """
@@ -75,11 +75,9 @@ class StandAlone:
         checkpoint = None if config.model.checkpoint is None else Path(config.model.checkpoint)
         source = resolve_model_path(config.model.path) if checkpoint is None else hf_folder(checkpoint)
         positions, tokenizer = _read_model(source, stored_there=checkpoint is None)
-        max_length = config.model.max_length or positions
-        prompts = evaluation_prompts(tokenizer, config, max_length=max_length)
+        prompts = evaluation_prompts(tokenizer, config, positions=positions)
         sets = load_sets(config.evaluation_sets, config.data, most=config.evaluation.max_problems)
-        for _, problems in sets:
-            check_prompts(problems, prompts, with_teacher=False)
+        max_length = evaluation_length((problems for _, problems in sets), prompts, config)
         with Judge(seconds=config.evaluation.judge_seconds) as judge:
             judge.start()  # not only when hours of sampling are to be judged
         weights = weights_digest(source if checkpoint is None else checkpoint)

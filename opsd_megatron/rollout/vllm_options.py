@@ -65,7 +65,7 @@ def start_failure(error: Exception, config: Config, max_length: int) -> str:
             if torch.cuda.is_available()
             else f"rollout.kv_cache_gib={rollout.kv_cache_gib}"
         )
-        remedy = f"change {size}, or lower model.max_length (now {max_length})"
+        remedy = f"change {size}, or lower model.max_length or evaluation.max_length (the longer is {max_length})"
     elif "divisible" in text:
         remedy = f"choose rollout.tensor (now {config.engine_tensor}) so that it divides the attention heads"
     else:

@@ -28,7 +28,7 @@ from opsd_megatron.data.teacher_prompts import TeacherPrompts
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.distributed.seed import seed_everything
 from opsd_megatron.errors import ConfigError
-from opsd_megatron.evaluation.evaluate import Evaluator, evaluation_prompts, sampling_of
+from opsd_megatron.evaluation.evaluate import Evaluator, evaluation_length, evaluation_prompts, sampling_of
 from opsd_megatron.models.backends import Backend, choose_backend
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.families import read_spec, resolve_model_path
@@ -68,6 +68,7 @@ class Inputs:
         eval_sets: What to evaluate on, with its problems; empty for nothing.
         prompts: Renders prompts for training.
         eval_prompts: The same with the room that evaluation's responses need.
+        engine_length: Longest sequence that the engine takes, of training or evaluation, in tokens.
         separate_teacher: Dimensions of a teacher that is another model.
         teacher_prompts: What the teacher reads for each rollout; ``None`` for objectives without a teacher.
         identity: What tells this run's checkpoints from another's.
@@ -80,6 +81,7 @@ class Inputs:
     eval_sets: Sequence[tuple[EvaluationSet, list[Problem]]]
     prompts: PromptBuilder
     eval_prompts: PromptBuilder
+    engine_length: int
     separate_teacher: Qwen3Spec | None
     teacher_prompts: TeacherPrompts | None
     identity: dict[str, Any]
@@ -101,7 +103,11 @@ def check_inputs(config: Config) -> Inputs:
     _check_weights(config, source, spec)
     needs = config.needs
     problems = load_problems(
-        config.data, config.data.train, needs_solution=config.needs_solutions, needs_response=needs.targets
+        config.data,
+        config.data.train,
+        needs_solution=config.needs_solutions,
+        needs_response=needs.targets,
+        uses_answer=config.needs_answers,
     )
     if config.needs_verdicts:
         key = "objective.name" if needs.verdicts else "data.privileged"
@@ -112,13 +118,14 @@ def check_inputs(config: Config) -> Inputs:
     # Supervised targets bring their own length; nothing is sampled after those prompts.
     room = config.rollout.max_new_tokens if needs.rollouts else 1
     prompts = PromptBuilder(tokenizer, config.data, max_length=max_length, max_new_tokens=room)
-    eval_prompts = evaluation_prompts(tokenizer, config, max_length=max_length) if eval_sets else prompts
+    eval_prompts = evaluation_prompts(tokenizer, config, positions=spec.max_positions) if eval_sets else prompts
     if needs.targets:
         check_supervised(problems, prompts)
     if needs.rollouts:
         check_prompts(problems, prompts, with_teacher=needs.teacher)
-    for _, held_out in eval_sets:
-        check_prompts(held_out, eval_prompts, with_teacher=False)
+    engine_length = max_length
+    if eval_sets:
+        engine_length = max(max_length, evaluation_length([own for _, own in eval_sets], eval_prompts, config))
     teacher_prompts = TeacherPrompts.build(prompts, problems, seed=config.train.seed) if needs.teacher else None
     policy = policy_class(config.teacher.policy)
     teacher = policy.check(StudentFiles(config, source, spec, tokenizer, max_length)) if needs.teacher else None
@@ -132,6 +139,7 @@ def check_inputs(config: Config) -> Inputs:
         eval_sets=eval_sets,
         prompts=prompts,
         eval_prompts=eval_prompts,
+        engine_length=engine_length,
         separate_teacher=separate_spec(config) if needs.teacher else None,
         teacher_prompts=teacher_prompts,
         identity=identity,
@@ -254,8 +262,7 @@ def _start_engine(config: Config, inputs: Inputs, dims: ParallelDims) -> Rollout
     if config.rollout.engine == "scripted":
         assert config.rollout.script is not None, "Config.validate demands a script"
         return ScriptedEngine(Path(config.rollout.script))
-    max_length = config.model.max_length or inputs.spec.max_positions
-    engine = VllmEngine.start(inputs.source, config, max_length=max_length)
+    engine = VllmEngine.start(inputs.source, config, max_length=inputs.engine_length)
     engine.sleep()
     return engine
 

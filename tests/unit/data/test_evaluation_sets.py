@@ -121,6 +121,21 @@ def test_a_copy_with_other_columns_is_an_error_with_a_remedy(tmp_path: Path) -> 
     assert (named.name, [problem.problem for problem in named.load(columns)]) == ("mine", ["p"])
 
 
+def test_an_own_set_may_lack_the_training_datas_answer_column(tmp_path: Path) -> None:
+    """Its `answer` stands for it, but no solution's box."""
+    config = DataConfig(answer_column="Answer")
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"problem": "p", "answer": 1, "Answer": 2}\n')
+    assert evaluation_set(str(file)).load(config)[0].answer == "2"
+    file.write_text('{"problem": "p", "answer": 1, "solution": "so \\\\boxed{3}"}\n')
+    assert evaluation_set(str(file)).load(config)[0].answer == "1"
+    file.write_text('{"problem": "p", "solution": "so \\\\boxed{3}"}\n')
+    with pytest.raises(
+        DataError, match=r"mine\.jsonl:1: no column 'Answer', here .*; it has: problem, solution; name "
+    ):
+        evaluation_set(str(file)).load(config)
+
+
 def test_own_sources_have_names(tmp_path: Path) -> None:
     file = tmp_path / "held out@2.v1.jsonl"
     file.write_text('{"problem": "p", "answer": 1}\n')

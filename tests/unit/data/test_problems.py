@@ -108,8 +108,21 @@ def test_a_named_answer_column_that_no_row_has(tmp_path: Path) -> None:
         return [one.answer for one in load_problems(config, str(source), needs_solution=True, needs_response=False)]
 
     assert answers(boxed, {**boxed, "meta": {"gold": "9"}}) == ["8", "9"]
-    with pytest.raises(DataError, match=r"d\.jsonl:1: no column 'meta\.gold'; it has: problem, solution, meta; name "):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: no column 'meta\.gold', here or in any other row; it has: "
+                                        r"problem, solution, meta; .* data\.answer_column=NAME, .*=null"):  # fmt: skip
         answers({**boxed, "meta": {}}, boxed)
+    # A name of the user's own choosing is one, the default's too.
+    for column in ("answer", None):
+        config = DataConfig(answer_column=column)
+        if column is None:
+            assert answers(boxed, {**boxed, "answer": "9"}) == answers({**boxed}, {**boxed, "answer": 9}) == ["8", "9"]
+            assert answers(boxed) == ["8"]
+        else:
+            with pytest.raises(DataError, match="no column 'answer', here or in any other row"):
+                answers(boxed)
+    # Where nobody asks for an answer, its column need not be there.
+    source = write(tmp_path / "d.jsonl", boxed)
+    load_problems(config, str(source), needs_solution=True, needs_response=False, uses_answer=False)
 
 
 def test_a_needed_answer_that_is_not_there(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,14 @@ from transformers import AutoTokenizer
 from opsd_megatron.config import Config, EvaluationConfig
 from opsd_megatron.errors import ConfigError, DataError, OutputError
 from opsd_megatron.evaluation.answers import Judge, Verdict
-from opsd_megatron.evaluation.evaluate import Evaluator, check_answers, evaluate, evaluation_prompts, sampling_of
+from opsd_megatron.evaluation.evaluate import (
+    Evaluator,
+    check_answers,
+    evaluate,
+    evaluation_length,
+    evaluation_prompts,
+    sampling_of,
+)
 from opsd_megatron.evaluation.figures import EvaluationResult
 from opsd_megatron.evaluation.records import read_records
 from opsd_megatron.rollout.engine import Sampling
@@ -216,7 +223,7 @@ def test_prompts_follow_evaluations_own_thinking_mode(tmp_path: Path) -> None:
     headers = {}
     for config.evaluation.thinking in (None, False, True):
         for config.data.student_thinking in (False, True):
-            prompts = evaluation_prompts(tokenizer, config, max_length=1024)
+            prompts = evaluation_prompts(tokenizer, config, positions=1024)
             text = tokenizer.decode(prompts.student(problem(1)))
             headers[config.evaluation.thinking, config.data.student_thinking] = text.endswith("</think>\n\n")
     assert headers == {
@@ -224,8 +231,31 @@ def test_prompts_follow_evaluations_own_thinking_mode(tmp_path: Path) -> None:
         (True, False): False, (True, True): False,
     }  # fmt: skip
     config.evaluation.max_new_tokens = 1024
-    with pytest.raises(ConfigError, match=r"leave no room for a prompt within the 1024 tokens"):
-        evaluation_prompts(tokenizer, config, max_length=1024)
+    with pytest.raises(
+        ConfigError, match=r"leave no room for a prompt within the 1024 tokens of evaluation.max_length"
+    ):
+        evaluation_prompts(tokenizer, config, positions=1024)
+
+
+def test_evaluation_has_a_length_of_its_own(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_qwen3(tmp_path / "model", num_layers=1))
+    config = Config()
+    config.model.max_length, config.evaluation.max_new_tokens = 40, 100  # the former is training's
+    prompts = evaluation_prompts(tokenizer, config, positions=1024)
+    sets = [[problem(1)], [problem(2), replace(problem(3), problem="longer " * 9)]]
+    longest = len(prompts.student(sets[1][1]))
+    assert longest > len(prompts.student(problem(1)))
+    assert evaluation_length(sets, prompts, config) == longest + 100
+    config.evaluation.max_length = longest + 100
+    assert evaluation_length(sets, evaluation_prompts(tokenizer, config, positions=1024), config) == longest + 100
+    config.evaluation.max_length -= 1
+    with pytest.raises(
+        DataError, match=rf"at most {longest - 1} fit: evaluation\.max_length={longest + 99} less the 100"
+    ):
+        evaluation_length(sets, evaluation_prompts(tokenizer, config, positions=1024), config)
+    config.evaluation.max_length = 1025
+    with pytest.raises(ConfigError, match=r"evaluation\.max_length=1025 is above .*; use at most 1024"):
+        evaluation_prompts(tokenizer, config, positions=1024)
 
 
 def test_equal_wrong_answers_vote_together_and_majorities_follow(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from opsd_megatron.evaluation.answers import Judge, JudgeError
 from opsd_megatron.evaluation.stand_alone import StandAlone
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.train import compose_config
+from opsd_megatron.trainer.setup import check_inputs
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3
@@ -64,7 +65,7 @@ def test_a_checkpoint_brings_its_own_configuration(model: Path, data: Path, tmp_
     checked = StandAlone.check(compose_config(overrides))
     assert checked.source == tmp_path / "converted" / "hf"
     plain = StandAlone.check(compose_config(arguments(model, data)))
-    assert checked.max_length == plain.max_length == 1024
+    assert checked.max_length == plain.max_length < 1024
     assert checked.fingerprint != plain.fingerprint
 
 
@@ -75,7 +76,9 @@ def test_a_model_of_another_family_can_be_evaluated(model: Path, data: Path, tmp
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text()) | {"model_type": "llama", "max_position_embeddings": 300}
     (other / "config.json").write_text(json.dumps(config))
-    assert StandAlone.check(compose_config(arguments(other, data))).max_length == 300
+    StandAlone.check(compose_config(arguments(other, data)))
+    with pytest.raises(OpsdError, match="within the 300 tokens"):
+        StandAlone.check(compose_config(arguments(other, data, "evaluation.max_new_tokens=300")))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_a_model_of_another_family_can_be_evaluated(model: Path, data: Path, tmp
         (["evaluation.sets=[aime23]"], "aime23 is no evaluation set; known by name are math500"),
         (["data.problem_column=question"], r"mine\.jsonl:1: no column 'question'; it has: problem, answer"),
         (["evaluation.max_new_tokens=1024"], "leave no room for a prompt within the 1024 tokens"),
-        (["model.max_length=40"], r"mine\.jsonl:1: the student prompt has \d+ tokens; at most 32 fit"),
+        (["evaluation.max_length=40"], r"mine\.jsonl:1: the student prompt has \d+ tokens; at most 32 fit"),
         (["data.student_template=nowhere.txt"], "data.student_template=nowhere.txt is not a file"),
         (["model.checkpoint=nowhere"], "nowhere"),
         (["model.pth=x"], "unknown key model.pth; did you mean model.path?"),
@@ -120,10 +123,30 @@ def test_a_judge_that_cannot_start_is_known_before_anything_is_sampled(
         run(["--check", "1", *arguments(model, data)])
 
 
-def test_the_papers_protocol_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = compose_config(["evaluation=paper", "experiment=qwen3_1.7b_opsd"]).evaluation
+@pytest.mark.parametrize("experiment", ["qwen3_1.7b_opsd", "qwen3_4b_sft", "qwen3_8b_grpo"])
+def test_the_papers_protocol_is_a_choice(
+    experiment: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Longer responses than the recipes train on, within the positions of Qwen3: in training and by itself."""
+    paper = ["evaluation=paper", f"experiment={experiment}", f"output_dir={tmp_path / 'out'}", f"data.eval={data}"]
+    model = make_tiny_qwen3(tmp_path / "model", num_layers=1, max_positions=40960)
+    training = tmp_path / "train.jsonl"
+    training.write_text(json.dumps({"problem": "p", "solution": "s", "Answer": "1"}) + "\n")
+    config = compose_config([*paper, f"model.path={model}", f"data.train={training}"])
+    settings = config.evaluation
     assert (settings.samples_per_problem, settings.temperature, settings.max_new_tokens) == (12, 1.0, 38912)
     assert settings.thinking is True
+    config.validate(1)
+    inputs = check_inputs(config)
+    assert inputs.engine_length == StandAlone.check(config).max_length
+    assert 38912 < inputs.engine_length < 38912 + 400
+    assert inputs.identity["model"]["max_length"] == config.model.max_length < 38912
+    if experiment != "qwen3_1.7b_opsd":
+        return
+    (model / "config.json").write_text((model / "config.json").read_text().replace("40960", "32768"))
+    for check in (check_inputs, StandAlone.check):
+        with pytest.raises(OpsdError, match=r"38912 tokens .* leave no room .* 32768 tokens of evaluation.max_length"):
+            check(config)
     run(["--cfg", "job", "evaluation=paper", "evaluation.samples_per_problem=3"])
     assert "max_new_tokens: 38912" in capsys.readouterr().out
 

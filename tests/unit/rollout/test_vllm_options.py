@@ -42,7 +42,7 @@ def test_weights_and_log_probs_are_as_asked_for() -> None:
     [
         (
             "No available memory\n for the cache blocks",
-            "change rollout.kv_cache_gib=1.5, or lower model.max_length (now 512)",
+            "change rollout.kv_cache_gib=1.5, or lower model.max_length or evaluation.max_length (the longer is 512)",
         ),
         ("Total number of heads (3) must be divisible by 2", "choose rollout.tensor (now 2) so that it divides"),
         ("", "VLLM_LOGGING_LEVEL=INFO shows"),

@@ -156,6 +156,13 @@ def test_verified_rewards_need_answers(small: SmallRun, tmp_path: Path) -> None:
         check(small, tmp_path / "run", objective__name="grpo", **keys)
     data.write_text('{"problem": "p", "answer": "1"}\n')
     check(small, tmp_path / "run", objective__name="grpo", **keys)
+    # A column that was named is not replaced by a box, where answers are used.
+    data.write_text('{"problem": "p", "solution": "\\\\boxed{1}", "answer": "1"}\n')
+    keys["data__answer_column"] = "Answer"
+    check(small, tmp_path / "run", **keys)
+    for key, value in {"objective__name": "grpo", "data__privileged": "answer"}.items():
+        with pytest.raises(DataError, match=r"train\.jsonl:1: no column 'Answer', .* problem, solution, answer; name "):
+            check(small, tmp_path / "run", **keys, **{key: value})
 
 
 def test_unwritable_output(small: SmallRun, tmp_path: Path) -> None:
