@@ -63,9 +63,9 @@ def topk_rows(
 ) -> Steps[RowResults]:
     """Evaluate a block of rows; arguments and results as in :func:`~opsd_megatron.losses.rows.divergence_rows`.
 
-    Two collectives: an all-gather of the statistics and of every rank's own k candidates, and a sum of the
-    log-probabilities at the support, to each of which one rank contributes, of every rank's share of the tails, and of
-    the diagnostics. The divergence itself is then a matter of ``[r, k]`` numbers, the same on every rank.
+    Two collectives: an all-gather of the statistics and of every rank's own k candidates, and a sum of the diagnostics,
+    of the log-probabilities at the support, to each of which one rank contributes, and of every rank's share of the
+    tails. The divergence itself is then a matter of ``[r, k]`` numbers, the same on every rank.
 
     Ranks: all of ``shard.group``, with equal rows; results are equal on every one.
     """
@@ -79,19 +79,17 @@ def topk_rows(
     gathered = gathering.wait()
     statistics = merge(gathered[:, :ROWS], spec.temperature)
     ids = _best(gathered[:, ROWS : ROWS + k], gathered[:, ROWS + k :])
-    sums = rows.sums(normaliser(statistics))  # leaves log-probabilities
-    picked = [shard.pick(side, ids)[0].t() for side in (student, teacher)]
-    # Logarithms rather than what is left of 1: a tail may have less probability than a float can hold.
-    tails = shard.own_slot(torch.stack([_log_mass(_outside(side, ids, shard)) for side in (student, teacher)]))
-    summing = shard.start_sum(torch.cat([*picked, sums[5:], tails]))
+    parts = [rows.diagnostic_sums(normaliser(statistics))]  # leaves log-probabilities
+    parts += [shard.pick(side, ids)[0].t() for side in (student, teacher)]
+    if support.tail == "bucket":
+        # Logarithms rather than what is left of 1: a tail may have less probability than a float can hold.
+        tails = torch.stack([_log_mass(_outside(side, ids, shard)) for side in (student, teacher)])
+        parts.append(shard.own_slot(tails))
+    summing = shard.start_sum(torch.cat(parts))
     yield
-    summed = summing.wait()
-    diagnostics, tails = summed[2 * k : 2 * k + 4], summed[2 * k + 4 :]
-    log_tails = [side.logsumexp(0) for side in (tails[::2], tails[1::2])]
-    s, t = (
-        _on_support(picked.t(), log_tail, support)
-        for picked, log_tail in zip((summed[:k], summed[k : 2 * k]), log_tails, strict=True)
-    )
+    diagnostics, *picked, tails = summing.wait().tensor_split((4, 4 + k, 4 + 2 * k))
+    log_tails = [side.logsumexp(0) for side in (tails[::2], tails[1::2])]  # -inf where there are none
+    s, t = (_on_support(side.t(), log_tail, support) for side, log_tail in zip(picked, log_tails, strict=True))
     entries = divergence_entries(s, t, spec)
     divergence, slope_sum = entries.value.sum(1), entries.slope.sum(1)
     clipped = torch.zeros_like(s) if entries.clipped is None else entries.clipped

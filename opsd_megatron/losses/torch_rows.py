@@ -76,6 +76,26 @@ class TorchRows:
 
     def sums(self, normaliser: Tensor) -> Tensor:
         """This piece's share of the row sums, ``[9, r]``; leaves log-probabilities."""
+        (s, t), (p, q) = self._sides, self._normalised(normaliser)
+        entries = divergence_entries(s, t, self._spec, probs=(p, q))
+        divergence = entries.value.sum(1)
+        sums = [
+            divergence,
+            entries.slope.sum(1),
+            *_clip_sums(entries, divergence, self._spec),
+            *_entropies_and_divergences(s, t, p, q, entries.log_ratio),
+        ]
+        if self._keep:
+            self._entries = entries
+        return torch.stack(sums)
+
+    def diagnostic_sums(self, normaliser: Tensor) -> Tensor:
+        """The last four of the row sums alone, ``[4, r]``; leaves log-probabilities. No gradient can follow."""
+        (s, t), (p, q) = self._sides, self._normalised(normaliser)
+        return torch.stack(_entropies_and_divergences(s, t, p, q, t - s))
+
+    def _normalised(self, normaliser: Tensor) -> list[Tensor]:
+        """Turn centred logits into log-probabilities; both sides' probabilities, ``[r, columns]``."""
         probs: list[Tensor] = []
         for number, side in enumerate(self._sides):
             maximum, log_sum = normaliser[2 * number], normaliser[2 * number + 1]
@@ -83,21 +103,7 @@ class TorchRows:
             shift = ((self._centres[number] - maximum) / self._spec.temperature - log_sum).unsqueeze(1)
             side.add_(shift).clamp_(min=LOG_ZERO)
             probs.append(self._exps[number].mul_(shift.exp()) if self._keep else side.exp())
-        (s, t), (p, q) = self._sides, probs
-        entries = divergence_entries(s, t, self._spec, probs=(p, q))
-        divergence = entries.value.sum(1)
-        sums = [
-            divergence,
-            entries.slope.sum(1),
-            *_clip_sums(entries, divergence, self._spec),
-            -torch.linalg.vecdot(p, s),
-            -torch.linalg.vecdot(q, t),
-            torch.linalg.vecdot(q, entries.log_ratio),
-            -torch.linalg.vecdot(p, entries.log_ratio),
-        ]
-        if self._keep:
-            self._entries = entries
-        return torch.stack(sums)
+        return probs
 
     def write_gradient(self, factor: Tensor, shift: Tensor, pull: Tensor | None) -> None:
         """Leave ``factor * slope - shift * e^s``, plus ``pull`` at the target, in the student's logits."""
@@ -123,6 +129,12 @@ def row_max(values: Tensor) -> Tensor:
 def row_centre(maximum: Tensor) -> Tensor:
     """What a row is centred on: its maximum. -inf less -inf would be NaN: without a finite logit the lowest number."""
     return maximum.clamp(min=torch.finfo(maximum.dtype).min)
+
+
+def _entropies_and_divergences(s: Tensor, t: Tensor, p: Tensor, q: Tensor, log_ratio: Tensor) -> list[Tensor]:
+    """Both sides' entropies, forward and reverse KL, each ``[r]``."""
+    vecdot = torch.linalg.vecdot
+    return [-vecdot(p, s), -vecdot(q, t), vecdot(q, log_ratio), -vecdot(p, log_ratio)]
 
 
 def _clip_sums(entries: Entries, divergence: Tensor, spec: DivergenceSpec) -> list[Tensor]:
