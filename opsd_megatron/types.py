@@ -127,8 +127,8 @@ class PackedSequences:
     Attributes:
         ids: Token ids, ``[T]`` int64.
         positions: Position of each token within its own sequence, ``[T]`` int64.
-        cu_seqlens: Start of every sequence and the end of the last, ``[S + 1]`` int32. Padding that context parallelism
-            asks for belongs to the sequence it follows.
+        cu_seqlens: Start of every sequence and the end of the last, ``[S + 1]`` int32; stays on the host, where it is
+            needed as numbers. Padding that context parallelism asks for belongs to the sequence it follows.
         max_seqlen: Longest sequence, in tokens.
         rows: Packed positions whose hidden state predicts a response token, ``[R]`` int64.
     """
@@ -140,11 +140,11 @@ class PackedSequences:
     rows: Tensor
 
     def to(self, device: torch.device | str) -> PackedSequences:
-        """The same sequences on ``device``."""
+        """The same sequences on ``device``, but for ``cu_seqlens``."""
         return PackedSequences(
             ids=self.ids.to(device),
             positions=self.positions.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
+            cu_seqlens=self.cu_seqlens,
             max_seqlen=self.max_seqlen,
             rows=self.rows.to(device),
         )

@@ -6,10 +6,13 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from opsd_megatron.errors import ConfigError
+from opsd_megatron.types import PackedSequences
 
 Backend = Literal["torch", "transformer_engine"]
 
@@ -76,6 +79,28 @@ def block_spec(backend: Backend, experts: Sequence[int], *, adapted: bool = Fals
         for count, layer in layers.items():
             take_norms_out(layer, linear=TEColumnParallelLinear, norm=TENorm, with_experts=count > 0)
     return TransformerBlockSubmodules(layer_specs=[layers[count] for count in experts], layer_norm=TENorm)
+
+
+def pack_sequences(backend: Backend, sequences: PackedSequences, context: dist.ProcessGroup) -> PackedSeqParams:
+    """What attention is told of packed sequences.
+
+    Args:
+        backend: What the model is built from.
+        sequences: On the model's device.
+        context: The context-parallel group.
+    """
+    if backend == "torch":
+        from opsd_megatron.models.torch_backend import TorchPacking
+
+        return TorchPacking.of(sequences, context)
+    bounds = sequences.cu_seqlens.to(sequences.ids.device, non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=sequences.max_seqlen,
+        max_seqlen_kv=sequences.max_seqlen,
+    )
 
 
 def take_norms_out(layer: ModuleSpec, *, linear: type, norm: type, with_experts: bool) -> None:

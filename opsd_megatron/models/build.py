@@ -7,13 +7,12 @@ from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
-from opsd_megatron.models.backends import block_spec, choose_backend
+from opsd_megatron.models.backends import Backend, block_spec, choose_backend, pack_sequences
 from opsd_megatron.models.qwen3 import Qwen3Spec, transformer_config
 from opsd_megatron.models.stages import stage_layers
 from opsd_megatron.models.weight_map import partition_dim, placed_parameters
@@ -25,6 +24,22 @@ class HiddenStatesGPT(GPTModel):
 
     The loss multiplies by the output head itself, for response rows only and in chunks.
     """
+
+    def __init__(self, *, backend: Backend, **options: Any) -> None:
+        super().__init__(**options)
+        self._backend = backend
+
+    def forward(self, sequences: PackedSequences) -> Tensor:
+        """See :func:`forward_packed`."""
+        return cast(
+            Tensor,
+            super().forward(
+                input_ids=sequences.ids.unsqueeze(0),
+                position_ids=sequences.positions.unsqueeze(0),
+                attention_mask=None,
+                packed_seq_params=pack_sequences(self._backend, sequences, self.pg_collection.cp),
+            ),
+        )
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -62,6 +77,7 @@ def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> list[Hid
     settings = transformer_config(spec, config, dims, backend)
     chunks = [
         HiddenStatesGPT(
+            backend=backend,
             config=settings,
             transformer_layer_spec=block_spec(
                 backend, [spec.experts_in(layer) for layer in layers], adapted=config.lora.rank > 0
@@ -122,17 +138,4 @@ def forward_packed(model: torch.nn.Module, sequences: PackedSequences) -> Tensor
         Hidden states ``[T, 1, H]`` (``[T/tp, 1, H]`` under sequence parallelism) in the model's dtype, after the final
         norm from the last chunk; T is this rank's part under context parallelism.
     """
-    packing = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=sequences.cu_seqlens,
-        cu_seqlens_kv=sequences.cu_seqlens,
-        max_seqlen_q=sequences.max_seqlen,
-        max_seqlen_kv=sequences.max_seqlen,
-    )
-    hidden = model(
-        input_ids=sequences.ids.unsqueeze(0),
-        position_ids=sequences.positions.unsqueeze(0),
-        attention_mask=None,
-        packed_seq_params=packing,
-    )
-    return cast(Tensor, hidden)
+    return cast(Tensor, model(sequences))

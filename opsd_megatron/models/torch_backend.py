@@ -6,11 +6,14 @@ bf16 PyTorch's flash attention takes all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -34,6 +37,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from opsd_megatron.data.context import context_indices
 from opsd_megatron.models.backends import norm_names
+from opsd_megatron.types import PackedSequences
 
 
 class RMSNorm(torch.nn.Module):
@@ -70,6 +74,92 @@ class _Piece(NamedTuple):
     queries: int
 
 
+class _Bounds(NamedTuple):
+    """What PyTorch's variable-length attention wants to know of the pieces, on their device.
+
+    Attributes:
+        seen: The keys of each piece after those of the piece before; ``None`` where they lie so already.
+        queries: Start of every piece's queries and the end of the last, int32.
+        keys: The same of its keys.
+        most_queries: Of a piece.
+        most_keys: Of a piece.
+    """
+
+    seen: Tensor | None
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@dataclass(kw_only=True)
+class TorchPacking(PackedSeqParams):
+    """Where the sequences of a micro-batch lie, and who attends to what: worked out once, not by every layer.
+
+    ``cu_seqlens_q`` stays on the host. Megatron-Core's rotary embedding, too, wants it as numbers, and to read them off
+    a device is to wait for it.
+
+    Attributes:
+        context: The context-parallel group.
+        device: The model's.
+    """
+
+    context: dist.ProcessGroup
+    device: torch.device
+
+    @staticmethod
+    def of(sequences: PackedSequences, context: dist.ProcessGroup) -> TorchPacking:
+        """Of sequences on the model's device, whose tokens the ranks of ``context`` share."""
+        return TorchPacking(
+            qkv_format="thd",
+            cu_seqlens_q=sequences.cu_seqlens,
+            cu_seqlens_kv=sequences.cu_seqlens,
+            max_seqlen_q=sequences.max_seqlen,
+            max_seqlen_kv=sequences.max_seqlen,
+            context=context,
+            device=sequences.ids.device,
+        )
+
+    @cached_property
+    def pieces(self) -> list[_Piece]:
+        """Whole sequences, or under context parallelism two chunks of each (``data.context``)."""
+        cp, rank = self.context.size(), self.context.rank()
+        pieces = []
+        for start, end in pairwise(self.cu_seqlens_q.tolist()):
+            if cp == 1:
+                pieces.append(_Piece(start, end - start, end - start))
+            else:
+                chunk = (end - start) // (2 * cp)
+                pieces.append(_Piece(start, chunk * (rank + 1), chunk))
+                pieces.append(_Piece(start, chunk * (2 * cp - rank), chunk))
+        return pieces
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where each position of the whole sequences is among those gathered from all ranks, ``[T]`` int64."""
+        cp = self.context.size()
+        held = torch.cat([context_indices(self.cu_seqlens_q, cp=cp, rank=rank) for rank in range(cp)])
+        return self._placed(held.argsort())
+
+    @cached_property
+    def bounds(self) -> _Bounds:
+        """See there."""
+        pieces = self.pieces
+        seen = None
+        if any(piece.queries != piece.visible for piece in pieces):
+            # The kernel wants each piece's keys after the previous one's; two pieces of a sequence share some.
+            seen = self._placed(torch.cat([torch.arange(one.start, one.start + one.visible) for one in pieces]))
+        queries, visible = [piece.queries for piece in pieces], [piece.visible for piece in pieces]
+        of_queries, of_keys = (
+            self._placed(torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)) for sizes in (queries, visible)
+        )
+        return _Bounds(seen, of_queries, of_keys, max(queries), max(visible))
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the device, which is not waited for."""
+        return tensor.to(self.device, non_blocking=True)
+
+
 class PackedAttention(torch.nn.Module):
     """Causal attention within each of the packed sequences.
 
@@ -91,7 +181,7 @@ class PackedAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: TorchPacking,
         **_: Any,
     ) -> Tensor:
         """Attend.
@@ -108,32 +198,18 @@ class PackedAttention(torch.nn.Module):
         Returns:
             ``[T, heads/tp * head_dim]``.
         """
-        cu_seqlens = packed_seq_params.cu_seqlens_q
         if self.cp_group.size() > 1:
-            key, value = self._gather(key, value, cu_seqlens)
-        pieces = list(self._pieces(cu_seqlens.tolist()))
-        fused = query.is_cuda and query.dtype == torch.bfloat16
-        return (_attend_together if fused else _attend_one_by_one)(query, key, value, pieces).flatten(1)
+            key, value = self._gather(key, value, packed_seq_params.order)
+        if query.is_cuda and query.dtype == torch.bfloat16:
+            return _attend_together(query, key, value, packed_seq_params.bounds).flatten(1)
+        return _attend_one_by_one(query, key, value, packed_seq_params.pieces).flatten(1)
 
-    def _pieces(self, bounds: list[int]) -> Iterator[_Piece]:
-        """Whole sequences, or under context parallelism two chunks of each (``data.context``)."""
-        cp, rank = self.cp_group.size(), self.cp_group.rank()
-        for start, end in pairwise(bounds):
-            if cp == 1:
-                yield _Piece(start, end - start, end - start)
-            else:
-                chunk = (end - start) // (2 * cp)
-                yield _Piece(start, chunk * (rank + 1), chunk)
-                yield _Piece(start, chunk * (2 * cp - rank), chunk)
-
-    def _gather(self, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def _gather(self, key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequences, ``[T, kv_heads/tp, head_dim]`` each, in one collective."""
         both = gather_from_sequence_parallel_region(
             torch.stack([key, value], dim=1), tensor_parallel_output_grad=True, group=self.cp_group
         )
-        cp = self.cp_group.size()
-        held = torch.cat([context_indices(cu_seqlens, cp=cp, rank=rank) for rank in range(cp)])
-        key, value = both.index_select(0, held.argsort()).unbind(1)
+        key, value = both.index_select(0, order).unbind(1)
         return key, value
 
 
@@ -164,25 +240,19 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, pieces: Sequen
     return torch.cat(attended, dim=2).squeeze(0).transpose(0, 1)
 
 
-def _attend_together(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[_Piece]) -> Tensor:
+def _attend_together(query: Tensor, key: Tensor, value: Tensor, bounds: _Bounds) -> Tensor:
     """``[T, heads, head_dim]`` through one call for all pieces; CUDA only."""
-    if any(piece.queries != piece.visible for piece in pieces):
-        # The kernel wants each piece's keys after the previous one's; two pieces of a sequence share some.
-        seen = torch.cat([torch.arange(piece.start, piece.start + piece.visible) for piece in pieces]).to(key.device)
-        key, value = key.index_select(0, seen), value.index_select(0, seen)
-    queries, visible = [piece.queries for piece in pieces], [piece.visible for piece in pieces]
-    query_bounds, key_bounds = (
-        torch.tensor([0, *sizes]).cumsum(0).to(query.device, torch.int32) for sizes in (queries, visible)
-    )
+    if bounds.seen is not None:
+        key, value = key.index_select(0, bounds.seen), value.index_select(0, bounds.seen)
     # A window of everything before and nothing after is causal, the last query seeing the last key.
     attended = varlen_attn(
         query,
         key,
         value,
-        query_bounds,
-        key_bounds,
-        max(queries),
-        max(visible),
+        bounds.queries,
+        bounds.keys,
+        bounds.most_queries,
+        bounds.most_keys,
         window_size=(-1, 0),
         enable_gqa=True,
     )

@@ -94,6 +94,7 @@ MESHES = (
     Mesh(dp=2, ep=2),
     Mesh(dp=2, ep=2, pp=2, recompute="full"),
     Mesh(tp=2, sequence=True, etp=1),
+    Mesh(dp=2, etp=2),
     Mesh(tp=2, sequence=True, ep=2, etp=1),
     Mesh(tp=2, dp=2, ep=2, sequence=True),
     Mesh(tp=2, dp=2, ep=4, etp=1, sequence=True),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from opsd_megatron.config import ParallelConfig
 from tests.distributed import run_distributed
+from tests.tiny import make_tiny_qwen3
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -34,7 +39,7 @@ def positions(lengths: list[int], cp: int, rank: int) -> Tensor:
 def test_what_the_fused_kernel_is_called_with(cp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA all pieces go through one call. Here a stand-in for it does what PyTorch documents."""
     from opsd_megatron.models import torch_backend
-    from opsd_megatron.models.torch_backend import _attend_one_by_one, _attend_together, _Piece
+    from opsd_megatron.models.torch_backend import TorchPacking, _attend_one_by_one, _attend_together, _Piece
 
     def documented(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: object
@@ -48,19 +53,69 @@ def test_what_the_fused_kernel_is_called_with(cp: int, monkeypatch: pytest.Monke
         return _attend_one_by_one(query, key, value, pieces)
 
     monkeypatch.setattr(torch_backend, "varlen_attn", documented)
-    pieces = [_Piece(0, 8, 8), _Piece(8, 4, 4)] if cp == 1 else [_Piece(0, 2, 2), _Piece(0, 8, 2), _Piece(8, 4, 1)]
-    rows = sum(piece.queries for piece in pieces)
-    sizes = ((rows, HEADS), (12, KV_HEADS), (12, KV_HEADS))
+    lengths = torch.tensor([0, 8, 12], dtype=torch.int32)
+    packing = TorchPacking(cu_seqlens_q=lengths, context=cast(Any, Group(cp)), device=torch.device("cpu"))
+    assert packing.pieces == (
+        [_Piece(0, 8, 8), _Piece(8, 4, 4)]
+        if cp == 1
+        else [_Piece(0, 2, 2), _Piece(0, 8, 2), _Piece(8, 1, 1), _Piece(8, 4, 1)]
+    )
+    sizes = ((12 // cp, HEADS), (12, KV_HEADS), (12, KV_HEADS))
     tensors = [torch.randn(tokens, heads, HEAD_DIM, dtype=torch.float64) for tokens, heads in sizes]
-    assert torch.equal(_attend_together(*tensors, pieces), _attend_one_by_one(*tensors, pieces))
+    together, one_by_one = _attend_together(*tensors, packing.bounds), _attend_one_by_one(*tensors, packing.pieces)
+    assert torch.equal(together, one_by_one)
+    assert (packing.bounds.seen is None) == (cp == 1)
+
+
+class Group:
+    """A process group as its first rank sees it."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_who_attends_to_what_is_worked_out_once_for_a_micro_batch(tmp_path: Path) -> None:
+    """By none of the layers, nor again where they are recomputed."""
+    model = make_tiny_qwen3(tmp_path, num_layers=3, with_tokenizer=False)
+    assert run_distributed(count_workings, 2, model) == [(1, 2)] * 2
+
+
+def count_workings(path: Path) -> tuple[int, int]:
+    """How often the packing was made, and a rank's positions listed, in one pass forward and backward."""
+    from opsd_megatron.config import Config
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.models import torch_backend
+    from opsd_megatron.models.build import build_model, forward_packed
+    from opsd_megatron.models.families import read_spec
+    from tests.functional.layouts import Layout
+
+    config = Config()
+    config.model.dtype, config.model.recompute, config.parallel.context = "float32", "full", 2
+    dims, spec = ParallelDims.initialize(config.parallel), read_spec(path)
+    (model,) = build_model(spec, config, dims)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    made = mock.patch.object(torch_backend.TorchPacking, "of", wraps=torch_backend.TorchPacking.of)
+    listed = mock.patch.object(torch_backend, "context_indices", wraps=torch_backend.context_indices)
+    with made as packings, listed as lists:
+        forward_packed(
+            model, Layout.of((8, 4), 2).sequences(torch.zeros(12, dtype=torch.int64), dims.cp_rank)
+        ).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+    return packings.call_count, lists.call_count
 
 
 def attend(cp: int, lengths: list[int]) -> list[Tensor]:
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from opsd_megatron.distributed.parallel import ParallelDims
-    from opsd_megatron.models.torch_backend import PackedAttention
+    from opsd_megatron.models.torch_backend import PackedAttention, TorchPacking
 
     dims = ParallelDims.initialize(ParallelConfig(context=cp))
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS)
@@ -71,7 +126,8 @@ def attend(cp: int, lengths: list[int]) -> list[Tensor]:
     whole = [torch.randn(sum(lengths), heads, HEAD_DIM, generator=draw, dtype=torch.float64) for heads in sizes]
     inputs = [tensor[held].requires_grad_() for tensor in whole]
     weights = torch.randn(sum(lengths), HEADS * HEAD_DIM, generator=draw, dtype=torch.float64)
-    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, *lengths]).cumsum(0))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    packing = TorchPacking(cu_seqlens_q=bounds, context=dims.pg_collection.cp, device=torch.device("cpu"))
     output = attention(*inputs, None, packed_seq_params=packing)
     output.backward(weights[held])
     return [output.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
