@@ -36,7 +36,8 @@ COPY . /opt/opsd_megatron
 WORKDIR /opt/opsd_megatron
 RUN pip install --no-deps --no-build-isolation -e .
 
-# Fail here, not on a cluster: the base is as it was, and what the trainer imports without a GPU can be imported.
+# Fail here, not on a cluster: the base is as it was, vLLM is there (imported only where an engine starts), and training
+# and evaluation can be imported, with torch, Megatron-Core and Transformer Engine.
 RUN pip list --format=freeze | grep -Fxf /opt/base-constraints.txt | sort > /tmp/kept.txt \
     && sort /opt/base-constraints.txt | diff - /tmp/kept.txt \
-    && python -c "import importlib.metadata as m; [m.version(n) for n in ('torch', 'vllm', 'megatron-core')]; import opsd_megatron.config"
+    && python -c "import importlib.metadata as m; [m.version(n) for n in ('torch', 'vllm', 'megatron-core')]; import opsd_megatron.trainer.setup, opsd_megatron.evaluation.stand_alone"

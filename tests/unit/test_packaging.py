@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -129,14 +130,28 @@ def test_dockerfile_installs_what_the_package_needs(
     setup_arguments: dict[str, Any], locked: dict[str, Version]
 ) -> None:
     named = {canonicalize_name(requirement.name): requirement for requirement in dockerfile_requirements()}
-    from_base = {"torch", "vllm", "transformers", "numpy", "safetensors", "pyyaml"}
+    from_base = {"torch", "vllm", "transformers", "numpy", "safetensors", "pyyaml", "huggingface-hub", "tqdm"}
     assert not from_base & set(named), "the base image's own builds must stay"
     for text in (*setup_arguments["install_requires"], *setup_arguments["extras_require"]["gpu"]):
         name = canonicalize_name(Requirement(text).name)
         assert name in from_base | set(named), f"the Dockerfile installs no {name}"
     for name, requirement in named.items():
         if name in locked:
-            assert str(locked[name]) in str(requirement.specifier), f"{requirement} is not what the lock tests"
+            assert locked[name] in requirement.specifier, f"{requirement} is not what the lock tests"
+
+
+def test_dockerfile_pins_nothing_that_the_base_may_hold() -> None:
+    """Each version of the base is a constraint: beside another exact one, pip finds no solution."""
+    pinned = {one.name for one in dockerfile_requirements() if any(part.operator == "==" for part in one.specifier)}
+    assert pinned == {"megatron-core", "hydra-core", "transformer-engine"}
+
+
+def test_dockerfile_ends_by_importing_training_and_evaluation() -> None:
+    """Both load what they are built on; that they can be imported without a GPU, tests of theirs show."""
+    (last,) = re.findall(r"import (opsd_megatron\..*)\"$", (ROOT / "Dockerfile").read_text())
+    modules = [importlib.import_module(name) for name in last.split(", ")]
+    assert [module.__name__.rpartition(".")[2] for module in modules] == ["setup", "stand_alone"]
+    assert {"torch", "megatron.core"} <= sys.modules.keys()
 
 
 def test_dockerfile_leaves_apex_to_nvidias_source() -> None:
