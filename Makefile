@@ -46,7 +46,7 @@ shell: venv ## shellcheck
 unit: venv ## unit tests, two at a time (ARGS=... for pytest)
 	$(call step,unit tests,$(TEST_ENV) pytest tests/unit -n 2 --dist loadfile $(ARGS))
 
-functional: venv ## functional tests: torchrun jobs, one at a time (ARGS=... for pytest)
+functional: venv ## functional tests: whole jobs of several processes, one job at a time (ARGS=... for pytest)
 	$(call step,functional tests,$(TEST_ENV) pytest tests/functional $(ARGS))
 
 clean: ## remove .venv, caches and build leftovers; runs and checkpoints stay

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.tiny import make_tiny_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,18 @@ def make_small_run(
                 tokens = [draw.randrange(256) for _ in range(draw.randint(1, 23))] + [tokenizer.eos_token_id]
                 file.write(json.dumps({"prompt_ids": prompts.student(problem), "token_ids": tokens}) + "\n")
     return SmallRun(model, data, script, student, teacher)
+
+
+def torchrun(launch: list[str], module: str, arguments: list[str]) -> subprocess.Popen[str]:
+    """Start ``python -m torch.distributed.run LAUNCH -m MODULE ARGUMENTS``; both of its streams are ``stdout``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launch, "-m", module, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

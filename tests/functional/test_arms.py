@@ -1,11 +1,13 @@
 """Every arm of the comparison, three steps on real engines at TP 2: what it samples, is judged by, and reports.
 
-That an arm's gradients are right is shown in test_objectives_on_meshes.py; here the parts meet.
+One torchrun job trains one after the other; ``opsd`` itself is in test_launch.py. That an arm's gradients are right is
+shown in test_objectives_on_meshes.py; here the parts meet.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,7 @@ from unittest import mock
 
 import pytest
 
-from tests.distributed import run_distributed
-from tests.functional.runs import SmallRun, make_small_run, read_metrics
+from tests.functional.runs import SmallRun, make_small_run, read_metrics, torchrun
 
 STEPS = 3
 SHARED: dict[str, object] = {
@@ -29,7 +30,7 @@ POLICY: dict[str, object] = {"rollout__samples_per_problem": 4, "optimizer__lr":
 ARMS: dict[str, dict[str, object]] = {
     "sampled_token": {"objective__importance_cap": 2.0, "rollout__top_k": 20},
     "grpo": {**POLICY, "train__updates_per_step": 2},
-    "opsd_grpo": {**POLICY, "objective__entropy_gate": 4.0, "objective__position_floor": 0.25},
+    "opsd_grpo": {**POLICY, "objective__entropy_gate": 5.38, "objective__position_floor": 0.25},
     "sft": {},
 }
 
@@ -46,12 +47,14 @@ def outputs(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [f"objective={arm}", *small.overrides(root / arm, steps=STEPS, scripted=False, **SHARED, **keys)]
         for arm, keys in ARMS.items()
     ]
-    run_distributed(_run_all, 2, runs, timeout=280.0)
+    job = torchrun(["--standalone", "--nproc-per-node", "2"], __name__, [json.dumps(runs)])
+    printed = job.communicate(timeout=280)[0]
+    assert job.returncode == 0, printed
     return root
 
 
 def _run_all(runs: Sequence[list[str]]) -> None:
-    """One process after another would import vLLM for each arm; here the arms follow each other in one."""
+    """A process of the job: a job for each arm would import vLLM as often; here the arms follow each other in one."""
     from megatron.core import parallel_state
 
     from opsd_megatron.evaluation.answers import Verdict, judge_answers
@@ -107,8 +110,13 @@ def test_truncated_sampling_shows_in_the_importance_weights(outputs: Path) -> No
 
 def test_both_losses_are_reported_beside_their_sum(outputs: Path) -> None:
     for line in read_metrics(outputs / "opsd_grpo"):
-        assert {"divergence", "policy_loss", "gate_kept", "teacher_log_prob"} <= line.keys()
+        assert {"divergence", "policy_loss", "teacher_log_prob"} <= line.keys()
+        assert 0 < line["gate_kept"] < 1  # else the sum would be one of its parts
 
 
 def _rollouts(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "rollouts/step_1.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    _run_all(json.loads(sys.argv[1]))

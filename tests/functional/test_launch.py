@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from opsd_megatron.train import run
 from tests.distributed import run_distributed
-from tests.functional.runs import SmallRun, make_small_run, read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.functional.runs import SmallRun, make_small_run, read_metrics, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +20,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 def start(arguments: list[str], overrides: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "opsd_megatron.train", *overrides]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
+    return torchrun(arguments, "opsd_megatron.train", overrides)
 
 
 def free_port() -> int:
@@ -37,9 +30,13 @@ def free_port() -> int:
 
 
 def test_two_agents_run_one_job(small: SmallRun, tmp_path: Path) -> None:
-    """Two torchrun agents, each with one rank, meet at a rendezvous and train one tensor-parallel model."""
+    """Two torchrun agents, each with one rank, meet at a rendezvous and train one tensor-parallel model.
+
+    It samples with a vLLM of the same two ranks.
+    """
     output = tmp_path / "run"
-    overrides = small.overrides(output, steps=2, parallel__tensor=2)
+    engine = {"rollout__kv_cache_gib": 0.1, "rollout__max_log_prob_gap": 1e-3}
+    overrides = small.overrides(output, steps=3, scripted=False, parallel__tensor=2, parallel__sequence=True, **engine)
     port = free_port()
     agents = [
         start(
@@ -53,7 +50,9 @@ def test_two_agents_run_one_job(small: SmallRun, tmp_path: Path) -> None:
     ]
     outputs = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
-    assert [line["step"] for line in read_metrics(output)] == [1, 2]
+    lines = read_metrics(output)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["divergence"] > 0 and line["grad_norm"] > 0 for line in lines)
 
 
 def test_bad_input_on_one_node_ends_the_job_on_all(small: SmallRun, tmp_path: Path) -> None:
