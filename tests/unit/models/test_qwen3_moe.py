@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,8 +55,9 @@ def test_the_experts_of_a_layer_come_one_after_the_other(spec: Qwen3Spec) -> Non
     assert names == [f"model.layers.2.mlp.{name}" for name in ("gate.weight", *experts)]
 
 
-# What named_parameters() lists for the MLP of a layer with two experts on this rank.
-TORCH_NAMES = [
+# What named_parameters() lists for the MLP of a layer with two experts on this rank, from the torch backend;
+# test_transformer_engine.py builds the other's.
+NAMES = [
     "pre_mlp_layernorm.weight",
     "mlp.router.weight",
     "mlp.experts.local_experts.0.linear_fc1.weight",
@@ -65,21 +65,12 @@ TORCH_NAMES = [
     "mlp.experts.local_experts.1.linear_fc1.weight",
     "mlp.experts.local_experts.1.linear_fc2.weight",
 ]
-TRANSFORMER_ENGINE_NAMES = [
-    "pre_mlp_layernorm.weight",
-    "mlp.router.weight",
-    "mlp.experts.linear_fc1.weight0",
-    "mlp.experts.linear_fc1.weight1",
-    "mlp.experts.linear_fc2.weight0",
-    "mlp.experts.linear_fc2.weight1",
-]
 
 
-@pytest.mark.parametrize("names", [TORCH_NAMES, TRANSFORMER_ENGINE_NAMES], ids=["torch", "transformer_engine"])
-def test_either_backend_s_names_cover_the_experts_of_a_rank_once(names: list[str], spec: Qwen3Spec) -> None:
+def test_names_cover_the_experts_of_a_rank_once(spec: Qwen3Spec) -> None:
     """On the second of two stages and of two expert-parallel ranks."""
     found = [
-        find_placement(f"decoder.layers.1.{name}", spec, layer_offset=2, expert_offset=2).hf_names for name in names
+        find_placement(f"decoder.layers.1.{name}", spec, layer_offset=2, expert_offset=2).hf_names for name in NAMES
     ]
     norm, router = "model.layers.3.post_attention_layernorm.weight", "model.layers.3.mlp.gate.weight"
     expected = {(norm,), (router,)}
@@ -94,39 +85,6 @@ def test_either_backend_s_names_cover_the_experts_of_a_rank_once(names: list[str
 def test_an_unknown_parameter_is_an_error(name: str, spec: Qwen3Spec) -> None:
     with pytest.raises(KeyError, match=name):
         find_placement(f"decoder.layers.0.{name}", spec, 0)
-
-
-class _GroupedLinear(torch.nn.Module):
-    """Holds parameters as Transformer Engine's ``GroupedLinear`` does: ``weight0``, ``weight1``, ..., ``[out, in]``."""
-
-    def __init__(self, count: int, columns: int, rows: int, **_: Any) -> None:
-        super().__init__()
-        for index in range(count):
-            self.register_parameter(f"weight{index}", torch.nn.Parameter(torch.empty(rows, columns)))
-
-
-def test_transformer_engine_s_expert_module_has_these_names_and_shapes(spec: Qwen3Spec) -> None:
-    """Megatron-Core's own module for it, around a stand-in for the one class that needs Transformer Engine."""
-    from megatron.core.transformer.mlp import MLPSubmodules
-    from megatron.core.transformer.moe.experts import TEGroupedMLP
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=4,
-        hidden_size=6,
-        num_attention_heads=4,
-        num_moe_experts=4,
-        moe_ffn_hidden_size=4,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        moe_grouped_gemm=True,
-    )
-    parts = MLPSubmodules(linear_fc1=_GroupedLinear, linear_fc2=_GroupedLinear)
-    module = TEGroupedMLP(2, config, parts, pg_collection=SimpleNamespace(ep=None, expt_tp=None))  # type: ignore[arg-type]
-    assert {f"mlp.experts.{name}" for name, _ in module.named_parameters()} == set(TRANSFORMER_ENGINE_NAMES[2:])
-    for name, parameter in module.named_parameters():
-        place = find_placement(f"decoder.layers.0.mlp.experts.{name}", spec, 0)
-        assert tuple(parameter.shape) == shard_shape(place, spec, tp=1)
 
 
 def test_only_experts_are_cut_over_the_expert_mesh() -> None:
