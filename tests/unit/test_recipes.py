@@ -98,13 +98,50 @@ def test_every_experiment_fits_its_gpus(name: str) -> None:
     assert made.config.train.problems_per_step * made.config.rollout.samples_per_problem >= copies
 
 
-PAPER = {
-    "qwen3_1.7b_opsd": {"objective.clip": 0.05, "objective.beta": 0.0, "lora.rank": 64, "lora.alpha": 128},
-    "qwen3_4b_opsd": {"objective.clip": 0.05, "optimizer.lr": 5e-6, "optimizer.clip_grad": 0.1},
-    "qwen3_8b_opsd": {"objective.clip": 0.06, "rollout.temperature": 1.1, "teacher.policy": "adapter_off"},
-    "qwen3_4b_opsd_nonthinking": {"objective.clip": 1e-6, "data.teacher_thinking": False},
-    "qwen3_8b_opsd_nonthinking": {"objective.clip": 1e-7, "data.student_thinking": False},
-    "qwen3_8b_opsd_v1": {
+# What all of the paper's arms have in common, and its main recipe; in full, since a default may change.
+COMMON: dict[str, object] = {
+    "model.dtype": "bfloat16",
+    "lora.rank": 64,
+    "lora.alpha": 128,
+    "lora.targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "data.train": "siyanzhao/Openthoughts_math_30k_opsd",
+    "data.problem_column": "problem",
+    "data.solution_column": "solution",
+    "data.answer_column": "Answer",
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.warmup_steps": 0,
+}
+MAIN: dict[str, object] = COMMON | {
+    "objective.name": "opsd",
+    "objective.beta": 0.0,
+    "objective.clip_mode": "entry",
+    "objective.top_k": None,
+    "teacher.policy": "adapter_off",
+    "data.privileged": "reference",
+    "data.student_thinking": False,
+    "data.teacher_thinking": True,
+    "rollout.temperature": 1.1,
+    "rollout.top_p": 0.95,
+    "rollout.top_k": 20,
+    "rollout.max_new_tokens": 1024,
+    "rollout.samples_per_problem": 1,
+    "optimizer.lr": 5e-6,
+    "optimizer.schedule": "constant",
+    "optimizer.clip_grad": 0.1,
+    "train.steps": 100,
+    "train.problems_per_step": 32,
+    "checkpoint.every": 25,
+}
+PAPER: dict[str, dict[str, object]] = {
+    "qwen3_1.7b_opsd": MAIN | {"model.path": "Qwen/Qwen3-1.7B", "objective.clip": 0.05},
+    "qwen3_4b_opsd": MAIN | {"model.path": "Qwen/Qwen3-4B", "objective.clip": 0.05},
+    "qwen3_8b_opsd": MAIN | {"model.path": "Qwen/Qwen3-8B", "objective.clip": 0.06},
+    "qwen3_4b_opsd_nonthinking": MAIN | {"objective.clip": 1e-6, "data.teacher_thinking": False},
+    "qwen3_8b_opsd_nonthinking": MAIN | {"objective.clip": 1e-7, "data.teacher_thinking": False},
+    "qwen3_8b_opsd_v1": COMMON
+    | {
         "objective.beta": 0.5,
         "objective.clip_mode": "none",
         "optimizer.lr": 2e-5,
@@ -112,8 +149,9 @@ PAPER = {
         "rollout.max_new_tokens": 2048,
         "rollout.temperature": 1.2,
     },
-    "qwen3_4b_sft": {"objective.name": "sft", "optimizer.lr": 5e-6, "lora.rank": 64},
-    "qwen3_8b_grpo": {
+    "qwen3_4b_sft": COMMON | {"objective.name": "sft", "optimizer.lr": 5e-6, "data.response_column": None},
+    "qwen3_8b_grpo": COMMON
+    | {
         "objective.name": "grpo",
         "rollout.samples_per_problem": 8,
         "rollout.max_new_tokens": 16000,
@@ -129,6 +167,10 @@ PAPER = {
 def test_settings_are_those_of_the_paper(name: str) -> None:
     config = compose_config([f"experiment={name}"])
     assert {key: config.get(key) for key in PAPER[name]} == PAPER[name]
+
+
+def test_the_papers_number_of_gpus() -> None:
+    assert [recipe(f"qwen3_{size}_opsd").gpus for size in ("1.7b", "4b", "8b")] == [4, 8, 8]
 
 
 def test_four_epochs_of_the_supervised_baseline() -> None:
