@@ -21,12 +21,17 @@ from opsd_megatron.losses.rows import (
     weighted,
 )
 from opsd_megatron.losses.shard import VocabShard
+from opsd_megatron.losses.statistics import (
+    STUDENT_MAX,
+    TEACHER_MAX,
+    log_probs,
+    log_probs_at_1,
+    merge,
+    normaliser,
+)
 from opsd_megatron.losses.token_terms import Importance, TokenTerm
 from opsd_megatron.losses.topk import TopK, topk_rows
 from opsd_megatron.losses.torch_rows import TorchRows, row_centre, row_max
-
-# Numbers of a side and piece that a target's log-probability is merged from.
-_PIECES = 5
 
 
 @dataclass(frozen=True)
@@ -144,51 +149,44 @@ class TargetLoss:
         student's and teacher's, then the same at temperature 1 (the student's in place of an absent teacher's).
         """
         targets = self.target_ids[rows]
-        sides = [student] if teacher is None else [student, teacher]
-        local = torch.stack([number for side in sides for number in self._pieces(side, targets)])
+        local = self._statistics(student, teacher, targets)
         gathering = self.shard.start_gather(local)
         yield
-        gathered = gathering.wait().unflatten(1, (len(sides), _PIECES))  # type: ignore[no-untyped-call]
-        maxima, log_sums, log_probs, log_probs_at_1 = (
-            torch.stack(parts) for parts in zip(*map(self._merge, gathered.unbind(1)), strict=True)
-        )
+        statistics = merge(gathering.wait(), self.temperature)
         yield
-        loss, slope = self.term.of(rows).evaluate(log_probs[0], None if teacher is None else log_probs[1])
+        of_target = log_probs(statistics, self.temperature)
+        loss, slope = self.term.of(rows).evaluate(of_target[0], None if teacher is None else of_target[1])
         weights = None if weights is None else weights[rows]
         if self.importance is not None:
-            weights = weighted(self.importance.of(rows).weights(log_probs[0]), weights)
+            weights = weighted(self.importance.of(rows).weights(of_target[0]), weights)
         if with_gradient:
-            self._write_gradient(student, targets, local[0], maxima[0], log_sums[0], weighted(slope, weights))
+            maximum, log_sum = normaliser(statistics)[:2]
+            self._write_gradient(student, targets, local[STUDENT_MAX], maximum, log_sum, weighted(slope, weights))
         # A token without probability on a side has no finite loss, and is as bad as a NaN.
-        bad = ~(maxima.isfinite() & log_probs.isfinite())
-        diagnostics = torch.cat([log_probs[[0, -1]], log_probs_at_1[[0, -1]]])
-        return RowResults(weighted(loss, weights), diagnostics, bad)
+        bad = ~(statistics[STUDENT_MAX : TEACHER_MAX + 1 : 2].isfinite() & of_target.isfinite())
+        diagnostics = torch.cat([of_target, log_probs_at_1(statistics)])
+        return RowResults(weighted(loss, weights), diagnostics, bad[:1] if teacher is None else bad)
 
-    def _pieces(self, side: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The piece's :data:`_PIECES` numbers, ``[r]`` each.
+    def _statistics(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+        """The :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``, with the student's for an absent teacher's.
 
-        They are the maximum, the sum of exponentials, the target's logit less the maximum, whether it is held, and the
-        sum of exponentials at temperature 1. Leaves the logits centred on the maximum, for the student's gradient.
+        Agreement is not looked at. Leaves the logits centred on their maximum, for the student's gradient.
         """
+        sides = [self._side(side, targets) for side in (student, teacher) if side is not None]
+        maxima, sums, sums_at_1, logits, held = zip(*sides, strict=True)
+        of_softmax = [maxima[0], sums[0], maxima[-1], sums[-1]]
+        agree = torch.zeros_like(held[0])
+        return torch.stack([*of_softmax, agree, sums_at_1[0], sums_at_1[-1], logits[0], logits[-1], held[0]])
+
+    def _side(self, side: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Of one side: maximum, sum of exponentials, that at temperature 1, target's logit and whether it is held."""
         maximum = row_max(side)
         side.sub_(row_centre(maximum).unsqueeze(1))
         target, held = self.shard.pick(side, targets.unsqueeze(1))
         blocks = row_blocks(side.shape[0], self.shard, side.device)
         sums = torch.cat([(side[rows] / self.temperature).exp_().sum(1) for rows in blocks])
         sums_at_1 = sums if self.temperature == 1 else torch.cat([side[rows].exp().sum(1) for rows in blocks])
-        return maximum, sums, target.squeeze(1), held.squeeze(1), sums_at_1
-
-    def _merge(self, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of whole rows, from ``[ranks, _PIECES, r]``: maximum, log of the sum, and the target's log-probability.
-
-        The last at the loss's temperature and at 1.
-        """
-        maximum = pieces[:, 0].amax(0)
-        shift = pieces[:, 0] - maximum
-        log_sum = (pieces[:, 1] * (shift / self.temperature).exp()).sum(0).log()
-        log_sum_at_1 = (pieces[:, 4] * shift.exp()).sum(0).log()
-        target = torch.where(pieces[:, 3] > 0, pieces[:, 2] + shift, 0).sum(0)
-        return maximum, log_sum, target / self.temperature - log_sum, target - log_sum_at_1
+        return maximum, sums, sums_at_1, target.squeeze(1), held.squeeze(1)
 
     def _write_gradient(
         self, student: Tensor, targets: Tensor, local_max: Tensor, maximum: Tensor, log_sum: Tensor, slope: Tensor

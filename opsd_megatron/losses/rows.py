@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opsd_megatron.losses.divergences import DivergenceSpec
 from opsd_megatron.losses.shard import VocabShard
-from opsd_megatron.losses.statistics import AGREE, all_log_probs, merge, normaliser, policy_log_prob
+from opsd_megatron.losses.statistics import AGREE, all_log_probs, log_probs, merge, normaliser
 from opsd_megatron.losses.token_terms import EntropyGate, Importance, TokenTerm
 
 T = TypeVar("T")
@@ -205,7 +205,7 @@ def row_outcome(
         row_weights: Constant weights, ``[r]``, or ``None``.
     """
     loss, factor, pull = clip.loss, clip.factor, None
-    log_prob = policy_log_prob(statistics, spec.temperature)
+    log_prob = log_probs(statistics, spec.temperature)[0]
     if extras.gate is not None:
         keep = extras.gate.keep(teacher_entropy)
         loss, factor = loss * keep, factor * keep

@@ -73,16 +73,20 @@ def normaliser(statistics: Tensor) -> Tensor:
     return parts
 
 
-def policy_log_prob(statistics: Tensor, temperature: float) -> Tensor:
-    """The student's log-probability of the target at ``temperature``, the one of the statistics, ``[r]``."""
-    return statistics[STUDENT_TARGET] / temperature - statistics[STUDENT_SUM].log()
+def log_probs(statistics: Tensor, temperature: float) -> Tensor:
+    """The target's log-probabilities at ``temperature``, the statistics' own: student's and teacher's, ``[2, r]``."""
+    return statistics[_TARGETS] / temperature - statistics[STUDENT_SUM : TEACHER_SUM + 1 : 2].log()
+
+
+def log_probs_at_1(statistics: Tensor) -> Tensor:
+    """The same at temperature 1."""
+    return statistics[_TARGETS] - statistics[STUDENT_SUM_AT_1 : TEACHER_SUM_AT_1 + 1].log()
 
 
 def all_log_probs(statistics: Tensor, temperature: float) -> Tensor:
-    """The target's log-probabilities at temperature 1, student's and teacher's, then :func:`policy_log_prob`.
+    """The target's log-probabilities at temperature 1, student's and teacher's, then the student's at ``temperature``.
 
     Returns:
         ``[3, r]``.
     """
-    at_1 = statistics[_TARGETS] - statistics[STUDENT_SUM_AT_1 : TEACHER_SUM_AT_1 + 1].log()
-    return torch.cat([at_1, policy_log_prob(statistics, temperature).unsqueeze(0)])
+    return torch.cat([log_probs_at_1(statistics), log_probs(statistics, temperature)[:1]])

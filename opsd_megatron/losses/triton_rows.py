@@ -61,16 +61,16 @@ class TritonRows:
     def __init__(
         self, student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard, target_ids: Tensor | None
     ) -> None:
-        self._student, self._teacher, self._spec = student, teacher, spec
-        self._targets: Tensor | None = None
-        if target_ids is not None:
-            local, held = shard.locate(target_ids)
-            self._targets = local.masked_fill(~held, -1)
+        self._student, self._teacher, self._spec, self._shard = student, teacher, spec, shard
+        self._targets = target_ids
 
     def statistics(self) -> Tensor:
         """This piece's :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``."""
-        temperature = self._spec.temperature
-        pieces = row_statistics(self._student, self._teacher, temperature=temperature, local_targets=self._targets)
+        temperature, local_targets = self._spec.temperature, None
+        if self._targets is not None:
+            local, held = self._shard.locate(self._targets)
+            local_targets = local.masked_fill(~held, -1)
+        pieces = row_statistics(self._student, self._teacher, temperature=temperature, local_targets=local_targets)
         return merge(pieces, temperature)
 
     def sums(self, normaliser: Tensor) -> Tensor:
@@ -83,10 +83,7 @@ class TritonRows:
         write_gradient_(self._student, self._teacher, self._normaliser, factor, shift, self._spec)
         if pull is not None:
             assert self._targets is not None, "a token's term needs targets"
-            held = (self._targets >= 0).unsqueeze(1)
-            local = self._targets.clamp(min=0).unsqueeze(1)
-            if self._student.shape[1]:
-                self._student.scatter_add_(1, local, pull.unsqueeze(1) * held)
+            self._shard.add_at(self._student, self._targets, pull)
 
 
 def row_statistics(student: Tensor, teacher: Tensor, *, temperature: float, local_targets: Tensor | None) -> Tensor:
