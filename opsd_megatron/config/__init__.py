@@ -24,7 +24,7 @@ from opsd_megatron.config.lora import LoraConfig
 from opsd_megatron.config.objectives import OBJECTIVES, Needs
 from opsd_megatron.config.privileged import PRIVILEGED
 from opsd_megatron.config.rules import check, check_stand_alone
-from opsd_megatron.config.teacher import TeacherConfig
+from opsd_megatron.config.teacher import TEACHERS, TeacherConfig, TeacherHolds
 
 __all__ = [
     "CheckpointConfig",
@@ -71,6 +71,11 @@ class Config:
     def needs(self) -> Needs:
         """What the run's objective is computed from."""
         return OBJECTIVES[self.objective.name]
+
+    @property
+    def teacher_holds(self) -> TeacherHolds:
+        """What the run's teacher takes beside the student: nothing where the objective has none."""
+        return TEACHERS[self.teacher.policy] if self.needs.teacher else TeacherHolds()
 
     @property
     def needs_solutions(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from opsd_megatron.config.lora import check_lora
 from opsd_megatron.config.objectives import OBJECTIVES, check_objective
 from opsd_megatron.config.privileged import PRIVILEGED, check_privileged
-from opsd_megatron.config.teacher import check_teacher
+from opsd_megatron.config.teacher import TEACHERS, check_teacher
 from opsd_megatron.config.uses import check_uses
 from opsd_megatron.errors import ConfigError
 
@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.top_k_side": ("teacher", "student"),
     "objective.top_k_tail": ("bucket", "renormalise"),
     "objective.entropy_gate_keep": ("low", "high"),
+    "teacher.policy": tuple(TEACHERS),
     "data.privileged": tuple(PRIVILEGED),
     "data.boundary": ("own", "student"),
     "rollout.engine": ("vllm", "scripted"),

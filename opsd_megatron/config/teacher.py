@@ -1,10 +1,46 @@
-"""The group ``teacher`` of the configuration, and the rules on it that hold for every policy."""
+"""The group ``teacher`` of the configuration, what each policy holds, and the rules that hold for every policy.
+
+A policy is a row of ``TEACHERS`` and a class under the same name in ``teacher/policies.py``. The row stands here so
+that a configuration is checked before torch is imported, and memory is estimated without a teacher.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from opsd_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TeacherHolds:
+    """What a policy takes beside the student, and which settings are its own.
+
+    Attributes:
+        copy: Weights that only the teacher uses, in the model's dtype.
+        average: A float32 average of the student's weights, shared out as the optimizer's state is.
+        heads: Copies of its own and of the student's head, laid side by side for the length of a step.
+        saved: What goes into a checkpoint: the ``average``, the ``copy`` or ``nothing``.
+        options: Settings of the group that belong to this policy.
+        may_stay: Chosen by recipes, so it may stay where an objective without a teacher is chosen on top.
+    """
+
+    copy: bool = False
+    average: bool = False
+    heads: bool = False
+    saved: str = "nothing"
+    options: tuple[str, ...] = ()
+    may_stay: bool = False
+
+
+TEACHERS: dict[str, TeacherHolds] = {
+    "frozen": TeacherHolds(copy=True),
+    "adapter_off": TeacherHolds(may_stay=True),
+    "live": TeacherHolds(),
+    "ema": TeacherHolds(copy=True, average=True, saved="average", options=("ema_decay",)),
+    "refresh": TeacherHolds(copy=True, saved="copy", options=("refresh_every",)),
+    "separate": TeacherHolds(copy=True, options=("path",)),
+    "trust_region": TeacherHolds(copy=True, heads=True, options=("trust_region_mix",)),
+}
 
 
 @dataclass
@@ -49,5 +85,6 @@ def check_teacher(teacher: TeacherConfig) -> None:
             f"teacher.trust_region_mix={teacher.trust_region_mix} must be above 0 and below 1; the ends are "
             "teacher.policy=frozen and teacher.policy=live"
         )
-    if teacher.path is not None and teacher.policy != "separate":
-        raise ConfigError(f"teacher.path={teacher.path} is for teacher.policy=separate, not {teacher.policy}")
+    owner = next(name for name, holds in TEACHERS.items() if "path" in holds.options)
+    if teacher.path is not None and teacher.policy != owner:
+        raise ConfigError(f"teacher.path={teacher.path} is for teacher.policy={owner}, not {teacher.policy}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from opsd_megatron.config.objectives import OBJECTIVES, Needs
 from opsd_megatron.config.privileged import PRIVILEGED
+from opsd_megatron.config.teacher import TEACHERS
 from opsd_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ USES: dict[str, _Use] = {
     "objective.advantage_std": _objectives("groups of responses", lambda needs: needs.groups),
     "objective.log_ratio_clip": _Use("objective.name=sampled_token", lambda c: c.objective.name == "sampled_token"),
     "objective.grpo_weight": _Use("objective.name=opsd_grpo", lambda c: c.objective.name == "opsd_grpo"),
-    # The recipes for adapters name adapter_off, which stays where another objective is chosen on top.
-    "teacher.policy": _Use(_TEACHER.needs, lambda c: c.needs.teacher or c.teacher.policy == "adapter_off"),
-    "teacher.ema_decay": _policy("ema"),
-    "teacher.refresh_every": _policy("refresh"),
-    "teacher.trust_region_mix": _policy("trust_region"),
+    "teacher.policy": _Use(_TEACHER.needs, lambda c: c.needs.teacher or TEACHERS[c.teacher.policy].may_stay),
+    **{
+        f"teacher.{option}": _policy(name)
+        for name, holds in TEACHERS.items()
+        for option in holds.options
+        if option != "path"  # check_teacher has it
+    },
     "data.privileged": _TEACHER,
     "data.analyse_first": _TEACHER,
     "data.analysis_max_tokens": _Use("data.analyse_first=true", lambda config: config.data.analyse_first),

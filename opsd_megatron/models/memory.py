@@ -40,6 +40,7 @@ class MemoryEstimate:
         activations: What backward needs of the micro-batches in flight, and one layer's temporaries.
         engine_weights: The engine's weights, part of what ``rollout.memory_fraction`` reserves while it samples.
         cache_token: The engine's cache for one token, part of that as well.
+        checkpoint: A checkpoint on disk, all ranks' parts together.
     """
 
     weights: int
@@ -50,6 +51,7 @@ class MemoryEstimate:
     activations: int
     engine_weights: int
     cache_token: int
+    checkpoint: int
 
     @property
     def resident(self) -> int:
@@ -82,7 +84,8 @@ class MemoryEstimate:
         engine = f"engine {self.engine_weights / 1e9:.1f} and its cache" if self.engine_weights else "no engine"
         return (
             f"estimated GB of each GPU: {listed}: {self.training / 1e9:.1f} in an update; "
-            f"{self.sampling(0) / 1e9:.1f} while sampling, beside the {engine}"
+            f"{self.sampling(0) / 1e9:.1f} while sampling, beside the {engine}\n"
+            f"a checkpoint takes {self.checkpoint / 1e9:.1f} GB on disk"
         )
 
 
@@ -113,7 +116,7 @@ def estimate_memory(
     total = sum(_size(place, 1, spec=spec) for place in placements(spec))
     gradients, optimizer = (dense + expert) * _FLOAT32, state * (dense // copies + expert // expert_copies)
     teacher = teachers[stage] * size
-    if config.needs.teacher and config.teacher.policy == "ema":  # the average itself
+    if config.teacher_holds.average:
         whole, experts = model[stage]
         teacher += _FLOAT32 * (whole // copies + experts // expert_copies)
     leaves = gradients + (optimizer if size == 2 else 0) if config.train.offload else 0
@@ -125,17 +128,34 @@ def estimate_memory(
         offloaded=leaves + (teacher if config.teacher.offload else 0) + heads[stage] * size,
         activations=_activations(spec, config),
         engine_weights=total * size // config.engine_tensor if config.needs_engine else 0,
+        checkpoint=_checkpoint(spec, config, total),
         cache_token=2 * size * spec.num_layers * max(spec.num_kv_heads // config.engine_tensor, 1) * spec.head_dim,
     )
+
+
+def _checkpoint(spec: Qwen3Spec, config: Config, total: int) -> int:
+    """Bytes of a checkpoint: all weights, those beneath adapters too, and what training and teacher go on with.
+
+    Args:
+        spec: The model.
+        config: The run.
+        total: The model's parameters.
+    """
+    size = 2 if config.model.dtype == "bfloat16" else _FLOAT32
+    added = sum(_adapter_size(place, 1, spec=spec, lora=config.lora) for place in placements(spec))
+    # Moments, and the float32 weights beside them; the distributed optimizer stores these of a float32 model too.
+    state = (3 if size == 2 or config.parallel.distributed_optimizer else 2) * _FLOAT32 * (added or total)
+    teacher = {"nothing": 0, "copy": size, "average": _FLOAT32}[config.teacher_holds.saved]
+    return (total + added) * size + state + teacher * total
 
 
 def _teacher_parameters(spec: Qwen3Spec, config: Config) -> tuple[list[int], list[int]]:
     """For each pipeline rank, the teacher's own parameters on one of its ranks, and those of heads copied in a step."""
     stages = config.parallel.pipeline
-    if not config.needs.teacher or config.teacher.policy in ("live", "adapter_off"):
+    if not config.teacher_holds.copy:
         return [0] * stages, [0] * stages
     heads = [0] * stages
-    if config.teacher.policy == "trust_region":
+    if config.teacher_holds.heads:
         heads[-1] = 2 * _size(Placement(EMBEDDING), config.parallel.tensor, spec=spec)  # laid side by side
     return [sum(stage) for stage in stage_parameters(spec, config)], heads
 

@@ -76,6 +76,11 @@ class TeacherPolicy(ABC):
         return {}
 
     @classmethod
+    def own_spec(cls, config: Config) -> Qwen3Spec | None:
+        """Dimensions of the teacher, where they are its own and not the student's."""
+        return None
+
+    @classmethod
     @abstractmethod
     def build(cls, parts: TeacherParts) -> Self:
         """Make the teacher, as it is before the first step.

@@ -51,6 +51,11 @@ class SeparateTeacher(FrozenTeacher):
         return {"weights": weights_digest(path), "config": asdict(spec)}
 
     @classmethod
+    def own_spec(cls, config: Config) -> Qwen3Spec:
+        """See :class:`~opsd_megatron.teacher.base.TeacherPolicy`."""
+        return read_spec(_path(config.teacher.path))
+
+    @classmethod
     def build(cls, parts: TeacherParts) -> Self:
         """See :class:`~opsd_megatron.teacher.base.TeacherPolicy`."""
         path = _path(parts.config.teacher.path)
@@ -58,11 +63,6 @@ class SeparateTeacher(FrozenTeacher):
         model = build_model(spec, parts.config, parts.dims)
         load_hf_weights(model, spec, _FirstRows(SafetensorsReader(path), spec), parts.dims)
         return cls(model, parts.dims, offload=parts.config.teacher.offload)
-
-
-def separate_spec(config: Config) -> Qwen3Spec | None:
-    """Dimensions of the run's separate teacher; ``None`` where it has another one."""
-    return read_spec(_path(config.teacher.path)) if config.teacher.policy == "separate" else None
 
 
 def _path(path: str | None) -> Path:

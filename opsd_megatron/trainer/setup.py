@@ -44,7 +44,6 @@ from opsd_megatron.rollout.stop_tokens import stop_token_ids
 from opsd_megatron.rollout.vllm_engine import VllmEngine
 from opsd_megatron.teacher.base import StudentFiles, TeacherParts
 from opsd_megatron.teacher.policies import policy_class
-from opsd_megatron.teacher.separate import separate_spec
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.telemetry.metrics import MetricsWriter
 from opsd_megatron.telemetry.progress import Progress
@@ -140,7 +139,7 @@ def check_inputs(config: Config) -> Inputs:
         prompts=prompts,
         eval_prompts=eval_prompts,
         engine_length=engine_length,
-        separate_teacher=separate_spec(config) if needs.teacher else None,
+        separate_teacher=policy.own_spec(config) if needs.teacher else None,
         teacher_prompts=teacher_prompts,
         identity=identity,
     )

@@ -21,11 +21,17 @@ from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
 from opsd_megatron.train import compose_config
 from tests.unit.models.published import PUBLISHED, write_config
 
+
+def _billions(name: str) -> float:
+    """The size in an experiment's name."""
+    return float(re.split("[b_]", name)[1])
+
+
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "opsd_megatron" / "configs" / "experiment"
 NAMES = sorted(
     (path.stem for path in EXPERIMENTS.glob("qwen3_*.yaml")),
-    key=lambda name: (float(re.split("[b_]", name)[1]), name),
+    key=lambda name: (_billions(name), name),
 )
 GPU = 80 * 10**9
 
@@ -63,8 +69,9 @@ def recipe(name: str) -> Recipe:
 def table() -> str:
     """The table of docs/recipes.md."""
     lines = [
-        "| experiment | GPUs | mesh | engine | weights, gradients, optimizer, teacher | update | sampling |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| experiment | GPUs | mesh | engine | weights, gradients, optimizer, teacher "
+        "| update | sampling | checkpoint |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in NAMES:
         made = recipe(name)
@@ -78,7 +85,8 @@ def table() -> str:
         resident = " + ".join(f"{part / 1e9:.1f}" for part in parts)
         sampling = f"{memory.sampling(made.engine) / 1e9:.0f}" if config.needs_engine else ""
         training = f"{memory.training / 1e9:.0f}"
-        lines.append(f"| `{name}` | {made.gpus} | {mesh} | {engine} | {resident} | {training} | {sampling} |")
+        cells = [f"`{name}`", str(made.gpus), mesh, engine, resident, training, sampling]
+        lines.append(f"| {' | '.join([*cells, f'{memory.checkpoint / 1e9:.0f}'])} |")
     return "\n".join(lines)
 
 
@@ -92,6 +100,8 @@ def test_every_experiment_fits_its_gpus(name: str) -> None:
         assert made.memory.cache_tokens(made.engine) >= (made.config.model.max_length or made.spec.max_positions)
     # Without padding, no rank's head is smaller than another's.
     assert made.spec.padded_vocab_size(made.config.parallel.tensor) == made.spec.vocab_size == 151_936
+    # Of a large model four checkpoints or more would fill many a file system.
+    assert made.config.checkpoint.keep == (None if _billions(name) < 14 else 2)
     # Data-parallel ranks without a problem would idle.
     parallel = made.config.parallel
     copies = made.gpus // (parallel.tensor * parallel.pipeline * parallel.context)

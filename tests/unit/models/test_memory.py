@@ -34,6 +34,23 @@ def test_one_gpu_holds_all_parameters(tmp_path: Path) -> None:
     assert (single.weights, single.gradients, single.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
 
 
+def test_a_checkpoint_holds_all_weights_and_what_training_goes_on_with(tmp_path: Path) -> None:
+    parameters, layers = PUBLISHED["1.7B"][1], 28
+
+    def checkpoint(**settings: object) -> float:
+        return estimate(tmp_path, "1.7B", 4, **settings).checkpoint / parameters
+
+    assert checkpoint() == 2 + 12
+    assert checkpoint(model__dtype="float32") == 4 + 12
+    assert checkpoint(model__dtype="float32", parallel__distributed_optimizer=False) == 4 + 8
+    assert checkpoint(teacher__policy="ema") == checkpoint() + 4
+    assert checkpoint(teacher__policy="refresh") == checkpoint() + 2
+    adapters = layers * 64 * (2048 + 2048) / parameters  # of q_proj, which is square
+    adapted = checkpoint(lora__rank=64, lora__targets=["q_proj"], teacher__policy="adapter_off")
+    assert adapted == pytest.approx(2 + (2 + 12) * adapters, abs=1e-9)
+    assert checkpoint(parallel__tensor=4) == checkpoint(rollout__tensor=1) == checkpoint()
+
+
 def test_tensor_parallelism_cuts_all_but_the_norms(tmp_path: Path) -> None:
     whole, parts = estimate(tmp_path, "8B", 4), estimate(tmp_path, "8B", 4, parallel__tensor=4)
     norms = 36 * (2 * 4096 + 2 * 128) + 4096

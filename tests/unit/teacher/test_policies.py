@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.config import Config, TeacherConfig
-from opsd_megatron.config.teacher import check_teacher
+from opsd_megatron.config.teacher import TEACHERS, check_teacher
 from opsd_megatron.data.packing import pack
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.distributed.seed import seed_everything
@@ -19,7 +20,7 @@ from opsd_megatron.models.hidden import response_hidden
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.tokenizer import load_tokenizer
 from opsd_megatron.models.weight_map import load_hf_weights
-from opsd_megatron.teacher.base import StudentFiles
+from opsd_megatron.teacher.base import StudentFiles, TeacherPolicy
 from opsd_megatron.teacher.frozen import FrozenTeacher
 from opsd_megatron.teacher.live import LiveTeacher
 from opsd_megatron.teacher.policies import POLICIES, policy_class
@@ -115,6 +116,16 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     check_teacher(TeacherConfig())
     with pytest.raises(ConfigError, match=message):
         check_teacher(TeacherConfig(**settings))
+
+
+def test_what_policies_hold_is_told_of_each_and_of_no_other() -> None:
+    assert TEACHERS.keys() == POLICIES.keys()
+    options = [option for holds in TEACHERS.values() for option in holds.options]
+    assert set(options) | {"policy", "offload"} == {field.name for field in fields(TeacherConfig)}
+    for name, holds in TEACHERS.items():
+        # What is kept in a checkpoint is kept by the class.
+        stores = POLICIES[name].sharded_state is not TeacherPolicy.sharded_state
+        assert stores == (holds.saved != "nothing"), name
 
 
 def test_unknown_policies_are_named_with_those_there_are() -> None:

@@ -119,9 +119,10 @@ def test_a_check_tells_which_rank_gets_how_many_layers(
     small: SmallRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(["--check", "3", *small.overrides(tmp_path / "run", steps=1, parallel__pipeline=3)])
-    valid, stages, memory = capsys.readouterr().out.splitlines()
+    valid, stages, memory, checkpoint = capsys.readouterr().out.splitlines()
     assert (valid, stages) == ("valid for 3 processes", "layers of each pipeline rank: 2, 1, 1")
     assert memory.startswith("estimated GB of each GPU: weights 0.0, ")
+    assert checkpoint == "a checkpoint takes 0.0 GB on disk"
 
 
 def test_wrong_models(small: SmallRun, tmp_path: Path) -> None:
