@@ -18,6 +18,7 @@ from opsd_megatron.config.groups import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    TelemetryConfig,
     TrainConfig,
 )
 from opsd_megatron.config.lora import LoraConfig
@@ -39,6 +40,7 @@ __all__ = [
     "ParallelConfig",
     "RolloutConfig",
     "TeacherConfig",
+    "TelemetryConfig",
     "TrainConfig",
 ]
 
@@ -58,6 +60,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     output_dir: str = ""
 
     def get(self, key: str) -> Any:

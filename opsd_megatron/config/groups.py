@@ -339,6 +339,18 @@ class EvaluationConfig:
 
 
 @dataclass
+class TelemetryConfig:
+    """What a run says of itself, beside what it always does.
+
+    Attributes:
+        peak_tflops: What one GPU can do at most in the model's dtype, in 10^12 operations a second, for ``mfu`` in
+            ``metrics.jsonl``; ``None``: by the GPU's name where ``trainer.flops`` lists it, else no ``mfu``.
+    """
+
+    peak_tflops: float | None = None
+
+
+@dataclass
 class CheckpointConfig:
     """Saving and resuming.
 

@@ -142,6 +142,7 @@ _OPEN_RANGES: dict[str, tuple[float, float | None]] = {
     "optimizer.eps": (0, None),
     "evaluation.top_p": (0, 1),
     "evaluation.judge_seconds": (0, None),
+    "telemetry.peak_tflops": (0, None),
 }
 
 

@@ -24,6 +24,12 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
+        self._made = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this timer was made, in phases and between them."""
+        return _now() - self._made
 
     def moved(self, phase: str, count: int) -> None:
         """Charge ``count`` bytes to ``phase``."""

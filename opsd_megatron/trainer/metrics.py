@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from opsd_megatron.telemetry.memory import current_device
 from opsd_megatron.telemetry.metrics import MetricsWriter, to_json_line
 from opsd_megatron.telemetry.progress import Progress
 from opsd_megatron.telemetry.timers import PhaseTimer
+from opsd_megatron.trainer.flops import StepFlops
 from opsd_megatron.trainer.step import StepResult
 from opsd_megatron.types import AlignedSample, Rollout
 
@@ -26,6 +28,7 @@ class StepReporter:
         progress: Bar or lines; ``None`` on every rank but 0.
         save_rollouts: Write each step's rollouts to ``rollouts/step_N.jsonl``.
         first_divergence: The unclipped divergence of the run's first step, where that has been reported.
+        flops: What the steps compute; ``None`` on every rank but 0.
     """
 
     output_dir: Path
@@ -33,12 +36,13 @@ class StepReporter:
     progress: Progress | None
     save_rollouts: bool
     first_divergence: float | None = None
+    flops: StepFlops | None = None
 
     def evaluation(self, step: int, result: dict[str, Any] | None, timer: PhaseTimer) -> None:
         """Report an evaluation that belongs to no optimizer step (the one before the first)."""
         if self.writer is None or result is None:
             return
-        self.writer.write({"step": step, "eval": result, "seconds": timer.seconds, **_sync_rate(timer)})
+        self.writer.write({"step": step, "time": _utc(), "eval": result, "seconds": timer.seconds, **_sync_rate(timer)})
         self._show_evaluation(step, result)
 
     def step(
@@ -61,14 +65,17 @@ class StepReporter:
         trained = sum(seconds.get(phase, 0.0) for phase in phases)
         line: dict[str, Any] = {
             "step": step,
+            "time": _utc(),
             **result.metrics,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens": result.rows,
             "packed_tokens": packed,
             "packed_tokens_per_second": packed / trained,
+            "step_seconds": timer.elapsed,
             "seconds": seconds,
             **_sync_rate(timer),
+            **({} if self.flops is None else self.flops.report(samples, seconds)),
             **peaks,
             **current_device(),
         }
@@ -150,6 +157,10 @@ class StepReporter:
                 f"{100 * low:.1f} to {100 * high:.1f}), pass@{k} {100 * figures['pass_at_k']:.1f}%, "
                 f"{figures['num_problems']} problems"
             )
+
+
+def _utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _sampled_tokens(rollout: Rollout) -> int:

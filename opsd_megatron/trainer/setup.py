@@ -44,9 +44,11 @@ from opsd_megatron.rollout.stop_tokens import stop_token_ids
 from opsd_megatron.rollout.vllm_engine import VllmEngine
 from opsd_megatron.teacher.base import StudentFiles, TeacherParts
 from opsd_megatron.teacher.policies import policy_class
+from opsd_megatron.telemetry.environment import record_environment
 from opsd_megatron.telemetry.files import set_aside, write_atomically
 from opsd_megatron.telemetry.metrics import MetricsWriter
 from opsd_megatron.telemetry.progress import Progress
+from opsd_megatron.trainer.flops import StepFlops, known_peak
 from opsd_megatron.trainer.identity import run_identity
 from opsd_megatron.trainer.metrics import StepReporter
 from opsd_megatron.trainer.optimizer import make_trainable
@@ -285,6 +287,7 @@ def _reporter(config: Config, inputs: Inputs, dims: ParallelDims, completed: int
     if dims.rank != 0:
         return StepReporter(output_dir, writer=None, progress=None, save_rollouts=False)
     _write_config(output_dir / "config.yaml", config)
+    record_environment(output_dir / "environment.json", world_size=dims.world_size, completed=completed)
     for folder in (output_dir / "rollouts", output_dir / "evaluations", *(output_dir / "evaluations").glob("*/")):
         _set_aside_later(folder, completed)
     writer = MetricsWriter(output_dir / "metrics.jsonl", resume_step=completed)
@@ -299,7 +302,21 @@ def _reporter(config: Config, inputs: Inputs, dims: ParallelDims, completed: int
         progress=progress,
         save_rollouts=config.rollout.save,
         first_divergence=_first_divergence(output_dir / "metrics.jsonl"),
+        flops=StepFlops(
+            inputs.spec,
+            inputs.separate_teacher or inputs.spec,
+            adapters=config.lora.rank > 0,
+            world_size=dims.world_size,
+            peak_tflops=_peak_tflops(config),
+        ),
     )
+
+
+def _peak_tflops(config: Config) -> float | None:
+    known = config.telemetry.peak_tflops
+    if known is None and torch.cuda.is_available() and config.model.dtype == "bfloat16":
+        known = known_peak(torch.cuda.get_device_name())
+    return known
 
 
 def _write_config(path: Path, config: Config) -> None:

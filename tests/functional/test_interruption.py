@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def test_a_job_told_to_stop_saves_and_goes_on_as_if_it_had_not(small: SmallRun, 
     assert [path.name for path in (parted / "checkpoints").iterdir()] == ["step_3"]
     resumed = small.overrides(parted, steps=5, checkpoint__resume=True, **keys)
     run_distributed(_run_both, 2, resumed, small.overrides(whole, steps=5, **keys))
+    starts = json.loads((parted / "environment.json").read_text())
+    assert [(start["completed_steps"], start["world_size"]) for start in starts] == [(0, 2), (3, 2)]
     assert trajectory(parted) == trajectory(whole)
     assert _tensors(parted / "checkpoints/step_5") == _tensors(whole / "checkpoints/step_5")
 

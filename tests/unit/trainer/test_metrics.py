@@ -3,20 +3,38 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.telemetry.metrics import MetricsWriter
 from opsd_megatron.telemetry.progress import Progress
 from opsd_megatron.telemetry.timers import PhaseTimer
+from opsd_megatron.trainer.flops import StepFlops
 from opsd_megatron.trainer.metrics import StepReporter
 from opsd_megatron.trainer.step import StepResult
 from opsd_megatron.types import AlignedSample, Generation, Problem, Rollout
 
 SAMPLE = AlignedSample((1, 2), (1, 2, 3), (4, 5), engine_log_probs=(-0.5, -0.25))
 ROLLOUT = Rollout(Problem("a:1", "p"), (1, 2), Generation((4, 5), (-0.5, -0.25), "length"), policy_version=3)
+
+SPEC = Qwen3Spec(
+    num_layers=2,
+    hidden_size=8,
+    ffn_size=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=32,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    tied=True,
+    max_positions=64,
+)
+FLOPS = StepFlops(SPEC, SPEC, adapters=False, world_size=2, peak_tflops=4.0)
 
 
 @pytest.fixture
@@ -27,7 +45,7 @@ def shown() -> io.StringIO:
 @pytest.fixture
 def reporter(tmp_path: Path, shown: io.StringIO) -> StepReporter:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
-    return StepReporter(tmp_path, writer, Progress(9, stream=shown), save_rollouts=True)
+    return StepReporter(tmp_path, writer, Progress(9, stream=shown), save_rollouts=True, flops=FLOPS)
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -60,6 +78,10 @@ def test_a_step_is_one_line(reporter: StepReporter, tmp_path: Path, shown: io.St
     assert line["sampled_tokens"] == len(ROLLOUT.generation.token_ids)
     assert line["alarm"] is None
     assert line["host_peak_gib"] == 0.5
+    assert line["step_seconds"] >= sum(line["seconds"].values())
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(line["time"])) < timedelta(minutes=1)
+    assert line["model_tflops_per_gpu"] == FLOPS.of([SAMPLE]) / line["seconds"]["student"] / 2 / 1e12
+    assert line["mfu"] == line["model_tflops_per_gpu"] / 4.0
     assert line["sync_gb"] == 0.004
     assert line["sync_gb_per_second"] == 0.004 / line["seconds"]["sync"]
     assert "loss 0.25 div 0.5 |g| 1.5" in shown.getvalue()
@@ -73,7 +95,7 @@ def test_a_step_without_samples_has_no_loss(reporter: StepReporter, tmp_path: Pa
     (line,) = lines(tmp_path)
     assert line["taught"] == line["grad_norm"] == line["tokens"] == 0 and line["alarm"] is None
     assert line["sampled_tokens"] == len(ROLLOUT.generation.token_ids) > 0
-    assert not {"loss", "divergence", "packing_efficiency", "response_tokens_mean"} & line.keys()
+    assert not {"loss", "divergence", "packing_efficiency", "response_tokens_mean", "mfu"} & line.keys()
 
 
 def test_a_negative_loss_alarms_only_while_the_divergence_does_not_fall(
