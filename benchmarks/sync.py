@@ -2,9 +2,10 @@
 
 A random Qwen3 of Qwen3-0.6B's dimensions, tensor-parallel over all ranks, goes to a consumer that keeps this rank's
 part of every tensor, as an engine of the same tensor parallelism does: an all-gather and a copy for every parameter; in
-buckets; and each rank's own shards, which is what a run does with such an engine. Beside them a plain copy of as many
-bytes as the whole model has. Runs are interleaved; seconds are medians of the slowest rank's. With ``--engine``, the
-same three also go into vLLM itself. Prints a Markdown table.
+buckets; as a run does that has to gather, in buckets over NCCL and one by one over gloo; and each rank's own shards,
+which is what a run does with such an engine. Beside them a plain copy of as many bytes as the whole model has. Runs are
+interleaved; seconds are medians of the slowest rank's. With ``--engine``, the same also go into vLLM itself. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Consumer:
                 if dim is not None:
                     shape[dim] //= dims.tp
                     self._runs[name] = (dim, shape[dim] * dims.tp_rank, shape[dim])
-                self._held[name] = torch.zeros(shape, dtype=dtype)
+                self._held[name] = torch.zeros(shape, dtype=dtype, device=dims.device)
 
     def __call__(self, weights: Weights) -> None:
         """Take every tensor."""
@@ -95,22 +96,30 @@ def copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-def slowest(action: Callable[[], None]) -> float:
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def slowest(action: Callable[[], None], device: torch.device) -> float:
     """Seconds of the slowest rank."""
+    wait_for(device)
     dist.barrier()
     started = time.perf_counter()
     action()
-    seconds = torch.tensor(time.perf_counter() - started)
+    wait_for(device)
+    seconds = torch.tensor(time.perf_counter() - started, device=device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return seconds.item()
 
 
-def interleaved(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def interleaved(actions: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each, after one run that does not count."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats + 1):
         for name, action in actions.items():
-            times[name].append(slowest(action))
+            times[name].append(slowest(action, device))
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
@@ -146,7 +155,8 @@ def measure(path: Path, config: Config, options: argparse.Namespace) -> None:
     dims = ParallelDims.initialize(config.parallel)
     spec = read_spec(path)
     chunks = build_model(spec, config, dims)
-    generators = {kind: torch.Generator().manual_seed(seed) for kind, seed in (("whole", 0), ("cut", 1 + dims.rank))}
+    seeds = {"whole": 0, "cut": 1 + dims.rank}
+    generators = {kind: torch.Generator(dims.device).manual_seed(seed) for kind, seed in seeds.items()}
     with torch.no_grad():
         for place, parameter in placed_parameters(chunks, spec, dims):
             generator = generators["whole" if partition_dim(place.rule) is None else "cut"]  # replicas are equal
@@ -160,6 +170,7 @@ def measure(path: Path, config: Config, options: argparse.Namespace) -> None:
         f"in buckets of {options.bucket} MiB": lambda: export_hf_weights(
             chunks, spec, dims, bucket_bytes=options.bucket * 2**20
         ),
+        "as a run does over this backend": lambda: export_hf_weights(chunks, spec, dims),
         "own shards": lambda: export_hf_weights(chunks, spec, dims, own_shards_of=own),
     }
     against = next(iter(sources))
@@ -172,18 +183,24 @@ def measure(path: Path, config: Config, options: argparse.Namespace) -> None:
         action()
         digests.add(consumer.digest())
     assert len(digests) == 1, "the consumer got different weights"
-    here, there = torch.ones(numbers, dtype=dtype), torch.zeros(numbers, dtype=dtype)
+    here, there = (make(numbers, dtype=dtype, device=dims.device) for make in (torch.ones, torch.zeros))
     actions = {**into(consumer), "plain copy of the whole model's bytes": partial(copy, there, here)}
     size = numbers * dtype.itemsize / 1e9
     if dims.rank == 0:
         print(f"{numbers / 1e9:.2f}e9 parameters, {size:.2f} GB in {options.dtype}, {dims.tp} ranks, 1 thread each")
-    report(dims.rank, "export", interleaved(actions, options.repeats), size, against)
+    report(dims.rank, "export", interleaved(actions, options.repeats, dims.device), size, against)
     if options.engine:
         from opsd_megatron.rollout.vllm_engine import VllmEngine
 
         del consumer, here, there, actions
         engine = VllmEngine.start(path, config, max_length=64)
-        report(dims.rank, "into vLLM", interleaved(into(engine.update_weights), options.repeats), size, against)
+        report(
+            dims.rank,
+            "into vLLM",
+            interleaved(into(engine.update_weights), options.repeats, dims.device),
+            size,
+            against,
+        )
         engine.close()
     dims.destroy()
 

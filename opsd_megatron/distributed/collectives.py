@@ -47,20 +47,25 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
     return cast("list[float]", found.tolist())
 
 
-def gather_shards(shard: Tensor, group: dist.ProcessGroup, *, into: list[Tensor] | None = None) -> list[Tensor]:
+def gather_shards(shard: Tensor, group: dist.ProcessGroup, *, into: Tensor | None = None) -> list[Tensor]:
     """Everybody's ``shard`` (equal shapes and dtypes), in rank order. Not differentiable.
 
     Args:
         shard: This rank's.
         group: Whose.
-        into: Tensors to receive them; new ones if left out.
+        into: Contiguous memory to receive them, ``[ranks, *shape of the shard]``; new memory if left out.
 
     Ranks: every rank of ``group``; valid on all of them.
     """
     if group.size() == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size())] if into is None else into
-    dist.all_gather(shards, shard.contiguous(), group=group)
+    received = shard.new_empty(group.size(), *shard.shape) if into is None else into
+    shards = list(received.unbind(0))
+    if dist.get_backend(group) == "nccl":
+        # From a list of tensors it would gather into memory of its own first.
+        dist.all_gather_into_tensor(received, shard.contiguous(), group=group)
+    else:
+        dist.all_gather(shards, shard.contiguous(), group=group)
     return shards
 
 

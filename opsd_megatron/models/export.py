@@ -25,7 +25,8 @@ from opsd_megatron.models.weight_map import (
     spread_shard,
 )
 
-# What a collective gathers at a time: enough to be worth its latency, little beside a model.
+# What a collective gathers at a time over NCCL: enough to be worth its latency, little beside a model. Over gloo there
+# is no latency to save, and to copy shards into a bucket costs more than it brings: parameters travel one by one.
 BUCKET_BYTES = 256 * 2**20
 
 
@@ -66,7 +67,7 @@ def export_hf_weights(
     *,
     own_shards_of: frozenset[str] = frozenset(),
     mark_rest: bool = False,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor under its Hugging Face name, in the model's dtype; adapters are merged into what they adapt.
 
@@ -88,9 +89,11 @@ def export_hf_weights(
         own_shards_of: Tensors that a consumer only reads this tensor-parallel rank's rows or columns of: these come
             with nothing but those filled in, and do not travel. Only without pipeline stages.
         mark_rest: Fill the rest of those with NaN, so that a consumer that reads it after all is found out.
-        bucket_bytes: Gathered bytes of a bucket; a larger parameter travels alone.
+        bucket_bytes: Gathered bytes of a bucket; a larger parameter travels alone. ``None`` for what suits the backend.
     """
     assert dims.pp == 1 or not own_shards_of
+    if bucket_bytes is None:
+        bucket_bytes = BUCKET_BYTES if dist.get_backend(dims.tp_group) == "nccl" else 0
     parameters = dict(placed_parameters(chunks, spec, dims))
     template = next(iter(parameters.values())).detach()
     scratch = _Scratch(template)
@@ -142,11 +145,11 @@ class _Scratch:
         self._template = template
         self._flat = template.new_empty(0)
 
-    def rows(self, count: int, size: int) -> list[Tensor]:
-        """``count`` vectors of ``size`` numbers, which last until the next call."""
+    def rows(self, count: int, size: int) -> Tensor:
+        """``count`` vectors of ``size`` numbers, ``[count, size]``, which last until the next call."""
         if self._flat.numel() < count * size:
             self._flat = self._template.new_empty(count * size)
-        return list(self._flat[: count * size].view(count, size))
+        return self._flat[: count * size].view(count, size)
 
 
 def _exchange(
@@ -159,13 +162,16 @@ def _exchange(
         gathered = [[item.own()] for item in bucket]
     else:
         sizes = [math.prod(item.shape) for item in bucket]
-        flat, *rows = scratch.rows(1 + group.size() if group.size() > 1 else 1, sum(sizes))
-        if stage == dims.pp_rank:
+        rows = scratch.rows(1 + group.size() if group.size() > 1 else 1, sum(sizes))
+        flat = rows[0]
+        if stage == dims.pp_rank and len(bucket) == 1:
+            flat = bucket[0].own().reshape(-1)  # sent from where it lies
+        elif stage == dims.pp_rank:
             torch.cat([item.own().reshape(-1) for item in bucket], out=flat)
         if dims.pp > 1:
             # Shards travel over the pipeline before they are joined: a tp-th of the traffic of full tensors.
             dist.broadcast(flat, src=dist.get_global_rank(dims.pp_group, stage), group=dims.pp_group)
-        cut = [row.split(sizes) for row in gather_shards(flat, group, into=rows)]
+        cut = [row.split(sizes) for row in gather_shards(flat, group, into=rows[1:])]
         gathered = [[row[number].view(item.shape) for row in cut] for number, item in enumerate(bucket)]
         # Joining copies; what is not joined must not go with the scratch memory.
         gathered = [

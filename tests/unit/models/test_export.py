@@ -48,6 +48,7 @@ def export_on_each(cases: list[tuple[Path, ParallelConfig]]) -> list[dict[str, b
     import torch.distributed as dist
 
     from opsd_megatron.models.export import export_hf_weights
+    from opsd_megatron.models.weight_map import placements
 
     collectives = 0
     original = dist.all_gather
@@ -62,11 +63,14 @@ def export_on_each(cases: list[tuple[Path, ParallelConfig]]) -> list[dict[str, b
     for path, parallel in cases:
         chunks, spec, dims, reader = build(path, parallel)
         equal = {}
-        for size in (1, 50_000, 2**28):
+        for size in (1, 50_000, 2**28, None):
             collectives = 0
             exported = list(export_hf_weights(chunks, spec, dims, bucket_bytes=size))
             same = sorted(name for name, _ in exported) == reader.names()
             equal[str(size)] = same and all(torch.equal(tensor, reader.get(name)) for name, tensor in exported)
+            if size is None and not spec.num_experts:
+                of_its_own = len(list(placements(spec))) if dims.tp > 1 else 0
+                equal["over gloo one by one"] = collectives == of_its_own
             if size == 2**28 and not spec.num_experts:
                 equal["one collective a stage"] = collectives == (dims.pp * dims.vpp if dims.tp > 1 else 0)
         outcome.append(equal)
@@ -83,8 +87,8 @@ def test_every_mesh_exports_what_was_loaded_in_buckets_of_any_size(models: dict[
         (models["experts"], ParallelConfig(tensor=2, pipeline=2, expert=2, expert_tensor=1)),
     ]
     outcome = run_distributed(export_on_each, 4, cases)
-    dense = {"1": True, "50000": True, str(2**28): True, "one collective a stage": True}
-    experts = dict.fromkeys(list(dense)[:3], True)
+    experts = dict.fromkeys(("1", "50000", str(2**28), "None"), True)
+    dense = experts | {"one collective a stage": True, "over gloo one by one": True}
     assert outcome == [[dense, dense, dense, experts, experts]] * 4
 
 
