@@ -358,7 +358,7 @@ class CheckpointConfig:
         every: Steps between checkpoints; 0 saves only at the end.
         keep: Newest checkpoints kept; older ones are deleted after a newer one is complete. ``None`` keeps all.
         at_end: Save after the last step.
-        resume: Continue from the newest complete checkpoint in ``output_dir``.
+        resume: Continue from the newest complete checkpoint in ``output_dir``; where there is none, start.
     """
 
     every: int = 25
