@@ -118,6 +118,7 @@ def packing_efficiency(
     *,
     with_teacher: bool,
     layout: PackingLayout = PackingLayout(),
+    in_step: bool = False,
 ) -> float:
     """How much of the step's computing goes into tokens of samples.
 
@@ -129,9 +130,11 @@ def packing_efficiency(
         plan: What :func:`plan_micro_batches` made of them.
         with_teacher: As for :func:`pack`.
         layout: As for :func:`pack`.
+        in_step: Whether ranks meet in every micro-batch, as those that exchange tokens with each other's experts do,
+            and so wait for the busiest one of each instead of the busiest one of the step.
 
     Returns:
-        Useful work over ranks times the work of the busiest one; above 0, at most 1.
+        Useful work over ranks times the work that all of them wait for; above 0, at most 1.
     """
 
     def slots(lengths: Sequence[int]) -> int:
@@ -143,7 +146,9 @@ def packing_efficiency(
         return _work(student, slots([samples[i].teacher_tokens for i in indices]) if with_teacher else 0)
 
     useful = sum(_work(sample.student_tokens, sample.teacher_tokens) for sample in samples)
-    return useful / (len(plan) * max(sum(work(indices) for indices in rank) for rank in plan))
+    works = [[work(indices) for indices in rank] for rank in plan]
+    waited = sum(map(max, zip(*works, strict=True))) if in_step else max(map(sum, works))
+    return useful / (len(plan) * waited)
 
 
 def _first_fit(samples: Sequence[AlignedSample], order: Sequence[int], token_budget: int) -> int:

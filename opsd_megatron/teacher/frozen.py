@@ -18,7 +18,7 @@ class FrozenTeacher(TeacherPolicy):
     """The initial weights, never changed: the method's default.
 
     The policy has no state to checkpoint: a resumed run loads the same initial weights again, which the run identity
-    guards (``checkpoint.state.check_output_dir``).
+    guards (``checkpoint.output_dir.check_output_dir``).
     """
 
     def __init__(self, model: Sequence[HiddenStatesGPT], dims: ParallelDims, *, offload: bool = False) -> None:

@@ -319,7 +319,10 @@ class Trainer:
             whole = pack([samples[index] for index in indices], with_teacher=with_teacher, layout=layout)
             part = split_context(whole, cp=self.dims.cp, rank=self.dims.cp_rank)
             micro_batches.append(part.to(self.dims.device))
-        return _Share(micro_batches, packing_efficiency(samples, plan, with_teacher=with_teacher, layout=layout))
+        efficiency = packing_efficiency(
+            samples, plan, with_teacher=with_teacher, layout=layout, in_step=self.dims.ep > 1
+        )
+        return _Share(micro_batches, efficiency)
 
     def _sync(self, engine: RolloutEngine, timer: PhaseTimer) -> None:
         """Bring the engine to the trainer's weights, right before it samples; at the start and after a resume too."""

@@ -86,6 +86,14 @@ def test_efficiency_by_hand() -> None:
     assert packing_efficiency(alone, [[[0], [1]]], with_teacher=False, layout=PackingLayout(1, 2)) == 27 / 30
 
 
+def test_efficiency_of_ranks_that_meet_in_every_micro_batch() -> None:
+    """Equal sums, 28 + 14 and 14 + 28, of which each rank waits for the larger one twice."""
+    samples = [sample(2, 6, 4), sample(1, 3, 2)] * 2
+    plan = [[[0], [1]], [[3], [2]]]
+    assert packing_efficiency(samples, plan, with_teacher=True) == 1.0
+    assert packing_efficiency(samples, plan, with_teacher=True, in_step=True) == 84 / (2 * (28 + 28))
+
+
 @pytest.mark.parametrize(
     ("dp", "problems", "sequence_multiple_of", "multiple_of"),
     [(4, 32, 1, 1), (8, 64, 1, 8), (8, 128, 4, 16), (16, 256, 16, 64)],
