@@ -11,9 +11,10 @@ from typing import Any
 class Interruption:
     """While entered, SIGTERM and SIGUSR1 no longer end this process: the first of them is noted.
 
-    A second SIGTERM ends the process at once, by the kernel: Python runs its handlers between bytecodes, so in a
-    collective that never ends the second would wait like the first. Handlers exist on the main thread only, as Python
-    has it; entered on another thread, nothing is noted and signals act as before. Leaving restores what was there.
+    Once a SIGTERM is noted, a second one ends the process at once, by the kernel. Python notes signals between
+    bytecodes: within a collective that never ends it notes none, and what ends the process is the collective's limit or
+    SIGKILL, which torchrun sends 30 seconds after its SIGTERM. Handlers exist on the main thread only, as Python has
+    it; entered on another thread, nothing is noted and signals act as before. Leaving restores what was there.
 
     Attributes:
         number: The first signal's number; 0 while there was none.
