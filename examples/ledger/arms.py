@@ -1,7 +1,8 @@
 """What the ledger compares: arms as rows of data, each a set of overrides of the quickstart's distillation.
 
-Every arm trains 30 steps on the same 960 problems from the same base model and is evaluated on the same 512 held-out
-ones. An arm that is added or changed here is run by the next ``make ledger``; the others are not run again.
+Every arm trains 30 steps on the same 960 problems (GRPO, which draws eight responses to each, on 240 of them) from the
+same base model and is evaluated on the same 512 held-out ones. An arm that is added or changed here is run by the next
+``make ledger``; the others are not run again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ CLIP_MODES = ("entry", "bregman", "rescale", "token", "none")
 DIVERGENCES = tuple((beta, mode) for beta in BETAS for mode in CLIP_MODES if (beta, mode) != ("0.5", "bregman"))
 TAU = "0.05"
 OTHER_TAUS = ("0.01", "0.25")
-CONTROLS = {"none": "no reference", "shuffled": "another problem's reference"}
+# Those so near each other when the first runs were in that the controls decide between them.
+LEVEL = (("0", "rescale"), ("0.5", "entry"), ("0.5", "rescale"), ("0.5", "none"), ("1", "rescale"), ("1", "none"))
+# Without a reference a teacher of equal bits says exactly what the student says. ``rounded`` are the base's weights
+# rounded to bfloat16 once: the two sides then differ as they do on a device that rounds by batch shape.
+CONTROLS = {
+    "none": "no reference",
+    "rounded": "no reference, rounded teacher",
+    "shuffled": "another problem's reference",
+}
+_CONTROL_OVERRIDES = {
+    "none": {"data.privileged": "none"},
+    "rounded": {"data.privileged": "none", "teacher.policy": "separate"},
+    "shuffled": {"data.privileged": "shuffled"},
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,8 @@ class Arm:
 
     Attributes:
         name: Unique; letters, digits, dots and underscores.
-        group: What it is compared with: ``baseline``, ``opsd``, ``variant``, ``tau``, or ``control_none`` and
-            ``control_shuffled``, whose names end in that of the arm they belong to.
+        group: What it is compared with: ``baseline``, ``opsd``, ``variant``, ``tau``, or ``control_`` and
+            one of ``CONTROLS``, with names that end in that of the arm they belong to.
         title: For tables.
         overrides: Hydra overrides of ``experiment=quickstart_opsd``, beyond those of :func:`common_overrides`.
         seeds: Which seeds it is run with unless told otherwise.
@@ -86,11 +100,12 @@ def _arms() -> Iterator[Arm]:
     for decay in ("0.9", "0.99"):
         overrides = {**plain, "teacher.policy": "ema", "teacher.ema_decay": decay}
         yield Arm(f"ema_{decay}", "variant", f"OPSD, {_title('0.5', 'entry')}, EMA teacher, decay {decay}", overrides)
-    for privileged, title in CONTROLS.items():
+    for control, title in CONTROLS.items():
         for beta, mode in DIVERGENCES:
-            overrides = {**divergence(beta, mode), "data.privileged": privileged}
-            name = f"control_{privileged}_{beta}_{mode}"
-            yield Arm(name, f"control_{privileged}", f"{title}, {_title(beta, mode)}", overrides, ONE_SEED)
+            overrides = {**divergence(beta, mode), **_CONTROL_OVERRIDES[control]}
+            seeds = MAIN_SEEDS if control == "shuffled" and (beta, mode) in LEVEL else ONE_SEED
+            name = f"control_{control}_{beta}_{mode}"
+            yield Arm(name, f"control_{control}", f"{title}, {_title(beta, mode)}", overrides, seeds)
     for beta, mode in (("0.5", "entry"), ("0", "bregman"), ("0.5", "rescale")):
         for tau in OTHER_TAUS:
             overrides, title = divergence(beta, mode, tau), f"OPSD, {_title(beta, mode, tau)}"

@@ -29,7 +29,8 @@ def draw_accuracy(ledger: Ledger, path: Path) -> None:
                 continue
             steps = sorted({0, *runs[0].steps})
             points = [(step, ledger.point(base, arm, step)) for step in steps]
-            tokens = {0: 0.0, **dict(zip(runs[0].steps, runs[0].generated, strict=True))}
+            drawn = np.mean([each.generated[-len(steps[1:]) :] for each in runs], axis=0)
+            tokens = {0: 0.0, **dict(zip(steps[1:], drawn, strict=True))}
             _curve(axes[0][column], points, lambda step: step, colour, ARMS[arm].title)
             if runs[0].generated[-1]:
                 _curve(axes[1][column], points, tokens.__getitem__, colour, ARMS[arm].title)
@@ -59,24 +60,23 @@ def _curve(
 
 
 def draw_controls(ledger: Ledger, path: Path) -> None:
-    """Bars: accuracy with the reference, another problem's and none, for each divergence; a row for each base."""
+    """Bars: accuracy with the reference and of the controls, for each divergence; a row for each base."""
     bases = ledger.bases or list(BASES)[:1]
     labels = [f"{beta}\n{mode}" for beta, mode in DIVERGENCES]
     figure, axes = plt.subplots(len(bases), 1, figsize=(11, 3 * len(bases)), layout="constrained", squeeze=False)
     for row, base in enumerate(bases):
-        for number, (prefix, label) in enumerate(
-            (("opsd", "reference"), ("control_shuffled", CONTROLS["shuffled"]), ("control_none", CONTROLS["none"]))
-        ):
+        series = [("opsd", "reference"), *((f"control_{name}", label) for name, label in CONTROLS.items())]
+        for number, (prefix, label) in enumerate(series):
             points = [ledger.point(base, f"{prefix}_{beta}_{mode}") for beta, mode in DIVERGENCES]
-            places = np.arange(len(points)) + 0.27 * (number - 1)
-            axes[row][0].bar(places, [0.0 if p is None else p.value for p in points], 0.27, label=label)
+            places = np.arange(len(points)) + 0.2 * (number - 1.5)
+            axes[row][0].bar(places, [0.0 if p is None else p.value for p in points], 0.2, label=label)
         start = ledger.point(base, BASE_ARM.name)
         if start is not None:
             axes[row][0].axhline(start.value, color="black", ls=":", label="base model")
         axes[row][0].set(title=f"base {base}", ylabel="accuracy, %", ylim=(0, 115))
         axes[row][0].set_xticks(range(len(labels)), labels, fontsize=7)
     if axes[0][0].get_legend_handles_labels()[0]:
-        axes[0][0].legend(fontsize=7, loc="upper left", ncols=4)
+        axes[0][0].legend(fontsize=7, loc="upper left", ncols=5)
     _save(figure, path)
 
 

@@ -98,9 +98,9 @@ class Ledger:
         """Bases with records, in the order they are declared."""
         return [base for base in BASES if any(r.base == base for r in self.records)]
 
-    def change(self, base: str, arm: str) -> Interval | None:
+    def change(self, base: str, arm: str, step: int = STEPS) -> Interval | None:
         """95% interval of an arm's gain over the base model, in points, on the seeds that both were evaluated with."""
-        point, start = self.point(base, arm), self.point(base, BASE_ARM.name)
+        point, start = self.point(base, arm, step), self.point(base, BASE_ARM.name)
         if point is None or start is None or arm == BASE_ARM.name:
             return None
         shared = [seed for seed in point.seeds if seed in start.seeds]
@@ -108,7 +108,7 @@ class Ledger:
             return point.gain_over(start)
         before = {r.seed: r for r in self.records if r.base == base and 0 in r.steps}
         after = {r.seed: r for r in self.of(base, arm)}
-        return Point.of([after[seed].correct_at(STEPS) for seed in shared], shared).gain_over(
+        return Point.of([after[seed].correct_at(step) for seed in shared], shared).gain_over(
             Point.of([before[seed].correct_at(0) for seed in shared], shared)
         )
 
@@ -121,11 +121,10 @@ class Choice:
         beta: Which divergence.
         mode: How it is clipped.
         points: Accuracy on each base.
-        unexplained: How far the control without a reference has moved from the base model at least, in points, on the
-            base where that is most; 0 where its interval holds 0, ``None`` where the control is not in on every base.
+        unexplained: How far the controls without a reference have moved from the base model at least, in points, on the
+            base where that is most; 0 where their intervals hold 0, ``None`` where one is not in on every base.
         shuffled: Accuracy with another problem's reference, on the base where it is lowest; ``None`` where that control
             is not in on every base.
-        seeds: The fewest on any base.
     """
 
     beta: str
@@ -133,7 +132,11 @@ class Choice:
     points: dict[str, Point]
     unexplained: float | None
     shuffled: float | None
-    seeds: int
+
+    @property
+    def gains_from_nothing(self) -> bool:
+        """Whether a control without a reference is known to move by more than the margin."""
+        return self.unexplained is not None and self.unexplained > MARGIN
 
     @property
     def worst(self) -> float:
@@ -149,8 +152,8 @@ class Choice:
 def choices(ledger: Ledger) -> list[Choice]:
     """Divergences that were run on all the ledger's bases, best first.
 
-    Last those that change something where the teacher sees what the student sees; else by the accuracy on the base
-    where it is lowest.
+    Last those that change something where the teacher has no reference; else by the accuracy on the base where it is
+    lowest.
     """
     found = []
     for beta, mode in DIVERGENCES:
@@ -158,27 +161,29 @@ def choices(ledger: Ledger) -> list[Choice]:
         known = {base: point for base, point in points.items() if point is not None}
         if not known or len(known) < len(points):
             continue
-        changes = [ledger.change(base, f"control_none_{beta}_{mode}") for base in ledger.bases]
+        controls = [f"control_{control}_{beta}_{mode}" for control in ("none", "rounded")]
+        changes = [ledger.change(base, control) for base in ledger.bases for control in controls]
         moved = [max(change.low, -change.high, 0.0) for change in changes if change is not None]
         unexplained = max(moved) if len(moved) == len(changes) else None
         others = [ledger.point(base, f"control_shuffled_{beta}_{mode}") for base in ledger.bases]
         shuffled = [point.value for point in others if point is not None]
         worst = min(shuffled) if len(shuffled) == len(others) else None
-        found.append(Choice(beta, mode, known, unexplained, worst, min(len(p.seeds) for p in known.values())))
-    return sorted(found, key=lambda each: (bool(each.unexplained), -each.worst))
+        found.append(Choice(beta, mode, known, unexplained, worst))
+    return sorted(found, key=lambda each: (each.gains_from_nothing, -each.worst))
 
 
-def level(ranked: Sequence[Choice]) -> list[Choice]:
+def level(ranked: Sequence[Choice], margin: float = MARGIN) -> list[Choice]:
     """Of :func:`choices` those that could be the defaults, the one that should be first.
 
-    They change nothing without a reference, are within :data:`MARGIN` of the best such setting on every base, and both
-    their controls are in. First comes the one that does best where references belong to other problems.
+    They change nothing without a reference, are within ``margin`` points of the best such setting on every base, and
+    all their controls are in. First comes the one that does best where references belong to other problems.
     """
-    sound = [each for each in ranked if each.unexplained == 0 and each.shuffled is not None]
+    known = [each for each in ranked if each.unexplained is not None and each.shuffled is not None]
+    sound = [each for each in known if not each.gains_from_nothing]
     if not sound:
         return []
     best = {base: max(each.points[base].value for each in sound) for base in sound[0].points}
-    found = [each for each in sound if all(point.value >= best[base] - MARGIN for base, point in each.points.items())]
+    found = [each for each in sound if all(point.value >= best[base] - margin for base, point in each.points.items())]
     return sorted(found, key=lambda each: -(each.shuffled or 0.0))
 
 

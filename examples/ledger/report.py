@@ -15,6 +15,7 @@ from examples.ledger.results import Record
 from opsd_megatron.evaluation.statistics import Interval
 from opsd_megatron.telemetry.files import write_atomically
 
+_MARGINS = range(1, 11)
 _ACCURACY, _CONTROLS = "images/ledger_accuracy.png", "images/ledger_controls.png"
 
 _HEAD = """\
@@ -34,7 +35,11 @@ The ledger is {state}. Runs that are in, by base model: {coverage}. {dates}
 - **Accuracy** in %, of one answer to each of 512 held-out problems, sampled at temperature 1 after the last step: never
   the best step, which would be chosen on the problems it is judged by. In brackets the 95% bootstrap interval over
   problems of the mean over seeds. It does not cover what another seed would do: beside it are the lowest and the
-  highest seed. Main arms have {seeds} seeds where complete; controls and other clips have one.
+  highest seed. Main arms have {seeds} seeds where complete, and so has the control with other problems' references of
+  the settings that lie level below; other controls and other taus have one.
+- **Thirty steps** do not settle every arm: where the divergence still falls, longer runs may say something else.
+- **Tokens** are those sampled for training; SFT samples none. **Alarms** are steps, of the {steps}, whose clipped loss
+  was negative while the unclipped divergence had not fallen.
 - **Seeds** change the order of the data and the sampling. Each base is warm-started once, so differences between bases
   are differences between three models.
 
@@ -45,26 +50,29 @@ _CONTROLS_HEAD = f"""\
 
 The same runs (tau {TAU}) with a teacher that sees no reference, or another problem's. Bold: the 95% interval of the
 paired difference to the base model lies above 0, which without a reference is a gain from nothing. Italic: it lies
-below 0.
+below 0. Of intervals like these one in forty lies above 0, and one in forty below, by chance.
 
 Without a reference the teacher reads what the student reads. On one core in float32 the two are then equal to the last
-bit, loss and gradient are exactly 0 whatever the divergence, and a row that moves would be a defect. That says nothing
-about a device that rounds by batch shape, where the two differ a little and a loss that can fall below zero need not
-stay where it is. Another problem's reference is the control with something to show here.
+bit, loss and gradient are exactly 0 whatever the divergence, and a row that moves would be a defect. A device that
+rounds by batch shape gives two sides that differ a little, and a loss that can fall below zero need not stay where it
+is then. For that the rounded teacher stands: the base model's weights, rounded to bfloat16 once.
 """
 
-_CHOICE_HEAD = """\
+_CHOICE_HEAD = f"""\
 ## Choosing a divergence
 
 Ranked by a rule that was written before the runs: last the settings whose control without a reference moves from the
-base model on any base; else by the accuracy on the base where they do worst. The last column is not part of the rule:
-the accuracy, on the worst base, where the references belong to other problems, as some of a data set's may.
+base model on any base; else by the accuracy on the base where they do worst. The rounded teacher was added to the rule
+later, before its runs, and with it what a move is: at least {MARGIN:.0f} points, at 95%. The last column is not part of
+the rule: the accuracy, on the worst base, where the references belong to other problems, as some of a data set's may.
 """
 
 _DEFAULTS_HEAD = f"""\
 Several settings are within {MARGIN:.0f} points of the best one on every base, too near to choose between by accuracy:
 the intervals above do not cover what another seed would do. Between those, the default is the one that does best where
-references belong to other problems. (This second rule was added when the first runs of all three bases were in.)
+references belong to other problems. This second rule was added when the first runs of all three bases were in, and it
+takes one of two readings: what a setting gains there is robustness to wrong references, and it is also what it gains
+without what the right one says. Who wants the gain to be the reference's own takes the other end of the list.
 """
 
 
@@ -118,7 +126,8 @@ def _base_section(ledger: Ledger, base: str) -> str:
         gain = "" if change is None else f"{change.low:+.1f} to {change.high:+.1f}"
         tokens = f"{np.mean([r.generated[-1] for r in runs]):.1f}" if runs else ""
         seeds = f"{point.lowest:.1f}, {point.highest:.1f}"
-        rows.append((arm.title, len(point.seeds), point, seeds, gain, _drift(runs), tokens))
+        alarms = f"{np.mean([r.alarms for r in runs]):.0f}" if any(r.alarms for r in runs) else ""
+        rows.append((arm.title, len(point.seeds), point, seeds, gain, _drift(runs), alarms, tokens))
     columns = (
         "arm",
         "seeds",
@@ -126,6 +135,7 @@ def _base_section(ledger: Ledger, base: str) -> str:
         "lowest, highest seed",
         "points over base",
         "divergence, first and last 10 steps",
+        "alarms",
         "thousand tokens",
     )
     return f"## Base {base}: {BASES[base].title}\n\n" + _table(columns, rows)
@@ -150,7 +160,7 @@ def _controls_section(ledger: Ledger) -> str:
     if not rows:
         return ""
     table = _table(("base", "beta", "clip", "reference", *CONTROLS.values()), rows)
-    picture = f"![Accuracy with the reference, another problem's, and none]({_CONTROLS})"
+    picture = f"![Accuracy with the reference and of the controls]({_CONTROLS})"
     return "\n".join((_CONTROLS_HEAD, table, "", *_findings(ledger), "", picture))
 
 
@@ -176,15 +186,26 @@ def _findings(ledger: Ledger) -> list[str]:
             point, change = ledger.point(base, arm.name), ledger.change(base, arm.name)
             if start is None or point is None or change is None:
                 continue
-            text = f"{arm.title.removeprefix('OPSD, ')} on {base} ({start.value:.1f} to {point.value:.1f})"
-            if arm.group == "control_none" and _direction(change) == "**":
-                gained.append(text)
+            title = arm.title.removeprefix("OPSD, ")
+            if arm.group in ("control_none", "control_rounded"):
+                gained += [f"{title} on {base} ({way})" for way in _gain_on_the_way(ledger, base, arm.name)]
             if arm.group == "opsd" and _direction(change) == "*":
-                lost.append(text)
+                lost.append(f"{title} on {base} ({start.value:.1f} to {point.value:.1f})")
     return [
-        "- Gains without any reference: " + ("; ".join(gained) or "none found") + ".",
+        f"- Gains of at least {MARGIN:.0f} points without any reference, at 95%, at some evaluation, with the "
+        "accuracies from the base model on: " + ("; ".join(gained) or "none found") + ".",
         "- With the reference, worse than the base model: " + ("; ".join(lost) or "none found") + ".",
     ]
+
+
+def _gain_on_the_way(ledger: Ledger, base: str, arm: str) -> list[str]:
+    """Where the arm was ahead of the base model by at least the margin at some step: its accuracies, one text."""
+    steps = sorted({step for run in ledger.of(base, arm) for step in run.steps if step})
+    changes = [ledger.change(base, arm, step) for step in steps]
+    if not any(change is not None and change.low > MARGIN for change in changes):
+        return []
+    points = [ledger.point(base, arm, step) for step in (0, *steps)]
+    return [", ".join(f"{point.value:.1f}" for point in points if point is not None)]
 
 
 def _choice_section(ledger: Ledger) -> str:
@@ -221,12 +242,15 @@ def _defaults(ledger: Ledger, ranked: Sequence[Choice]) -> list[str]:
     tau = best_tau(by_tau)
     names = "; ".join(f"beta {each.beta}, {each.mode} ({each.shuffled:.1f})" for each in candidates)
     apart = seed_range(candidates)
+    same = [margin for margin in _MARGINS if level(ranked, margin)[:1] == [chosen]]
     rows = [(each, *points.values()) for each, points in by_tau.items()]
     return [
         "",
         _DEFAULTS_HEAD,
         f"- Level, with their accuracy under other problems' references on the worst base: {names}.",
         *([f"- Seeds of one of these settings lie up to {apart:.1f} points apart."] if apart else []),
+        f"- The same setting comes first for margins of {', '.join(map(str, same))} points, of {_MARGINS[0]} to "
+        f"{_MARGINS[-1]} tried.",
         f"- **Defaults: `objective.beta={chosen.beta}`, `objective.clip_mode={chosen.mode}`, `objective.clip={tau}`.**",
         "",
         f"Other taus. The paper's {TAU} stays unless another is as far ahead on some base and as far behind on none:",
@@ -238,7 +262,7 @@ def _defaults(ledger: Ledger, ranked: Sequence[Choice]) -> list[str]:
 def _unexplained(choice: Choice) -> str:
     if choice.unexplained is None:
         return "not known yet"
-    return f"by at least {choice.unexplained:.1f} points" if choice.unexplained else "no"
+    return f"by at least {choice.unexplained:.1f} points" if choice.gains_from_nothing else "no"
 
 
 def _costs_section(ledger: Ledger) -> str:
@@ -251,6 +275,7 @@ def _costs_section(ledger: Ledger) -> str:
     if not rows:
         return ""
     hours = sum(r.seconds for r in ledger.records) / 3600
-    total = f"All runs together took {hours:.1f} hours of wall time, one core each, beside other work."
+    total = f"All runs together took {hours:.1f} hours of wall time, one core each, beside other work: differences "
+    total += "between divergences, or between clip modes, are that work's."
     table = _table(("arm", "seconds a step", "seconds of the whole run"), rows)
     return f"## Wall time\n\nMedians; the whole run has its start and three evaluations.\n\n{table}\n\n{total}"

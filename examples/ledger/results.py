@@ -22,6 +22,7 @@ _NOT_IDENTIFYING = frozenset(
         "train.seed",
         "output_dir",
         "model.path",
+        "teacher.path",
         "data.train",
         "data.eval",
         "data.student_template",

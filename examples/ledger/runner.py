@@ -43,8 +43,10 @@ class Run:
     def overrides(self, work: Path) -> dict[str, str]:
         """Hydra overrides, but for the output directory."""
         base = base_directory(self.base, work)
+        rounded = {"teacher.path": str(base / "rounded")} if self.arm.group == "control_rounded" else {}
         return {
             **common_overrides(self.arm, self.seed),
+            **rounded,
             "model.path": str(base / "hf"),
             "data.train": str(base / "data" / "train.jsonl"),
             "data.eval": str(base / "data" / "eval.jsonl"),
@@ -98,7 +100,7 @@ def make_base(name: str, work: Path) -> None:
     """Data, random model, warm-start and conversion of a base, as far as they are not there yet."""
     directory = base_directory(name, work)
     data, model, warm_start = directory / "data", directory / "model", directory / "warm_start"
-    runner = StageRunner(directory / "stages", cwd=ROOT, environment=ENVIRONMENT, total=4)
+    runner = StageRunner(directory / "stages", cwd=ROOT, environment=ENVIRONMENT, total=5)
     runner.run("data", f"Base {name}: data", ["-m", "examples.ledger.bases", "--base", name, "--output", data])
     runner.run("model", f"Base {name}: model", [SCRIPTS / "make_model.py", "--data", data, "--output", model])
     settings = {
@@ -110,9 +112,10 @@ def make_base(name: str, work: Path) -> None:
     }
     runner.run("warm_start", f"Base {name}: warm-start", [*TORCHRUN, *assignments(settings)])
     checkpoint = warm_start / "checkpoints" / f"step_{WARM_START_STEPS}"
-    runner.run(
-        "hf", f"Base {name}: export", [TO_HUGGING_FACE, "--checkpoint", checkpoint, "--output", directory / "hf"]
-    )
+    export = [TO_HUGGING_FACE, "--checkpoint", checkpoint, "--output"]
+    runner.run("hf", f"Base {name}: export", [*export, directory / "hf"])
+    rounded = [*export, directory / "rounded", "--dtype", "bfloat16"]
+    runner.run("rounded", f"Base {name}: export, rounded", rounded)
 
 
 class LedgerRunner:

@@ -61,7 +61,10 @@ def test_every_divergence_has_its_controls() -> None:
     for beta, mode in DIVERGENCES:
         for control in CONTROLS:
             ours, theirs = (composed(f"{prefix}_{beta}_{mode}") for prefix in ("opsd", f"control_{control}"))
-            assert theirs.data.privileged == control
+            assert theirs.data.privileged == {"rounded": "none"}.get(control, control)
+            if control == "rounded":
+                assert (theirs.teacher.policy, theirs.teacher.path) == ("separate", f"{theirs.model.path[:-2]}rounded")
+                theirs = replace(theirs, teacher=ours.teacher)
             assert replace(theirs, data=ours.data) == ours
             assert replace(theirs.data, privileged=ours.data.privileged) == ours.data
 
@@ -202,8 +205,9 @@ def test_overrides_are_taken_as_they_are_written() -> None:
 def fixture_ledger() -> list[Record]:
     records = [record("C", "sft_own", 0.9, seed=seed, start=0.5) for seed in (0, 1)]
     records += [record("C", "opsd_0_entry", accuracy, seed=seed) for seed, accuracy in enumerate((0.6, 1.0))]
-    records += [record("C", "control_none_0_entry", 0.8), record("C", "control_shuffled_0_entry", 0.3)]
+    records += [record("C", "control_none_0_entry", 0.5), record("C", "control_shuffled_0_entry", 0.3)]
     records += [record("C", "opsd_0.5_entry", 0.75), record("C", "control_none_0.5_entry", 0.5)]
+    records += [record("C", "control_rounded_0_entry", 0.8), record("C", "control_rounded_0.5_entry", 0.5)]
     return [*records, record("C", "opsd_1_entry", 0.1), record("C", "unknown arm", 0.1)]
 
 
@@ -230,7 +234,10 @@ def test_choices_put_what_gains_from_nothing_last() -> None:
 
 
 def test_level_settings_are_told_apart_by_other_problems_references() -> None:
-    """The better one wins only by more than the margin; what gains from nothing, or is not known, never."""
+    """The better one wins only by more than the margin; what gains from nothing, or is not known, never.
+
+    Within a small enough margin only the best is left.
+    """
     records = [record("C", "sft_own", 0.9, start=0.5)]
     for name, own, none, shuffled in (
         ("0.5_entry", 0.85, 0.5, 0.8),
@@ -240,9 +247,11 @@ def test_level_settings_are_told_apart_by_other_problems_references() -> None:
         ("0_none", 0.9, None, 0.95),
     ):
         records += [record("C", f"opsd_{name}", own), record("C", f"control_shuffled_{name}", shuffled)]
-        records += [] if none is None else [record("C", f"control_none_{name}", none)]
-    found = level(choices(Ledger(records)))
-    assert [(each.beta, each.mode) for each in found] == [("0.5", "entry"), ("0.5", "rescale")]
+        records += [record("C", f"control_none_{name}", 0.5)]
+        records += [] if none is None else [record("C", f"control_rounded_{name}", none)]
+    ranked = choices(Ledger(records))
+    assert [(each.beta, each.mode) for each in level(ranked)] == [("0.5", "entry"), ("0.5", "rescale")]
+    assert [(each.beta, each.mode) for each in level(ranked, 2)] == [("0.5", "rescale")]
 
 
 @pytest.mark.parametrize(
@@ -277,11 +286,12 @@ def test_the_shipped_defaults_are_those_of_the_committed_ledger() -> None:
 def test_the_report_says_what_came_out(tmp_path: Path) -> None:
     write_report(fixture_ledger(), tmp_path)
     text = (tmp_path / "results.md").read_text()
-    assert "**not complete**" in text and "C 9 of " in text and "B 0 of " in text
+    assert "**not complete**" in text and "C 11 of " in text and "B 0 of " in text
     assert re.search(r"\| base model, after its warm-start \| 2 \| 50\.0 \(", text)
     assert re.search(r"\| OPSD, beta 0, entry, tau 0.05 \| 2 \| 80\.0 \(.*\) \| 60\.0, 100\.0 \| \+", text)
-    assert re.search(r"\| C \| 0 \| entry \| \*\*80\.0 .*\*\* \| \*\*80\.0 .*\*\* \| \*30\.0 .*\* \|", text)
-    assert "Gains without any reference: no reference, beta 0, entry, tau 0.05 on C (50.0 to 80.0)." in text
+    assert re.search(r"\| C \| 0 \| entry \| \*\*80\.0 .*\*\* \| 50\.0 .* \| \*\*80\.0 .*\*\* \| \*30\.0 .*\* \|", text)
+    gained = "no reference, rounded teacher, beta 0, entry, tau 0.05 on C (50.0, 80.0, 80.0, 80.0)."
+    assert f"with the accuracies from the base model on: {gained}" in text
     assert "worse than the base model: beta 1, entry, tau 0.05 on C (50.0 to 10.0)." in text
     for name in re.findall(r"\]\((images/[^)]+)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
