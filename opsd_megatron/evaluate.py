@@ -18,7 +18,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd_megatron.train import compose_config, exit_status, leave, parse, quieten, show_config, together
+from opsd_megatron.config.compose import compose_config
+from opsd_megatron.train import exit_status, leave, parse, quieten, show_config, together
 
 if TYPE_CHECKING:
     from opsd_megatron.evaluation.stand_alone import StandAlone

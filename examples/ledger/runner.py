@@ -19,7 +19,7 @@ from examples.ledger.arms import ARMS, Arm, common_overrides, divergence
 from examples.ledger.bases import BASES, QUICKSTART, ROOT
 from examples.ledger.results import Record, add_record, identifying_settings, identity, read_ledger, read_run
 from opsd_megatron.config import Config
-from opsd_megatron.train import compose_config
+from opsd_megatron.config.compose import compose_config
 
 from stages import StageRunner  # isort: skip  # the quickstart's, which bases.py made importable
 

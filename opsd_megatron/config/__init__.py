@@ -1,6 +1,6 @@
 """The configuration schema and every rule on it that can be checked before anything is built.
 
-``train.py`` turns the composed OmegaConf tree into a :class:`Config`; nothing past it sees OmegaConf. Rules that need
+``compose.py`` turns the composed OmegaConf tree into a :class:`Config`; nothing past it sees OmegaConf. Rules that need
 the model's ``config.json`` live with it (``models.qwen3.check_mesh``).
 """
 

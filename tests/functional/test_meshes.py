@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_megatron.train import compose_config, run
+from opsd_megatron.config.compose import compose_config
+from opsd_megatron.train import run
 from tests.distributed import run_distributed
 from tests.functional.runs import SmallRun, make_small_run, read_metrics
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe

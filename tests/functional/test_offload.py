@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from opsd_megatron.train import compose_config
+from opsd_megatron.config.compose import compose_config
 from tests.distributed import run_distributed
 from tests.functional.runs import make_small_run, read_metrics
 

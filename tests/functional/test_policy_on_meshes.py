@@ -142,9 +142,9 @@ def _steps(runs: Mapping[Any, list[str]]) -> dict[Any, list[Update]]:
 
 
 def _step(overrides: list[str]) -> list[Update]:
+    from opsd_megatron.config.compose import compose_config
     from opsd_megatron.models.export import export_hf_weights
     from opsd_megatron.telemetry.timers import PhaseTimer
-    from opsd_megatron.train import compose_config
     from opsd_megatron.trainer import trainer as module
     from opsd_megatron.trainer.setup import build_trainer, check_inputs
 

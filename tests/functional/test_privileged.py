@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from opsd_megatron.config import DataConfig
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.data.prompts import PromptBuilder
 from opsd_megatron.data.teacher_prompts import TeacherPrompts
-from opsd_megatron.train import compose_config, run
+from opsd_megatron.train import run
 from opsd_megatron.types import Generation, Problem, Rollout
 from tests.distributed import run_distributed
 from tests.functional.runs import SmallRun, read_metrics

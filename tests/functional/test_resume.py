@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.errors import CheckpointError
-from opsd_megatron.train import compose_config, run
+from opsd_megatron.train import run
 from opsd_megatron.trainer.setup import check_inputs
 from tests.distributed import run_distributed
 from tests.functional.runs import SmallRun, make_small_run, read_metrics

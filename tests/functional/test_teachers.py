@@ -15,9 +15,9 @@ from torch import Tensor
 from opsd_megatron.checkpoint.convert import megatron_to_hf
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.checkpoint.tensor_store import TensorStore
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.teacher.trust_region import TrustRegionTeacher
-from opsd_megatron.train import compose_config
 from opsd_megatron.trainer.setup import build_trainer, check_inputs
 from tests.distributed import run_distributed
 from tests.functional.runs import SmallRun, make_small_run, read_metrics

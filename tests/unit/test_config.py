@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from opsd_megatron.config import Config, LoraConfig
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.config.rules import CHOICES
 from opsd_megatron.errors import EXIT_BAD_INPUT, ConfigError
-from opsd_megatron.train import compose_config, main
+from opsd_megatron.train import main
 
 REQUIRED = ["model.path=m", "data.train=t", "output_dir=o"]
 CONFIGS = Path(__file__).parents[2] / "opsd_megatron/configs"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opsd_megatron.train import compose_config
+from opsd_megatron.config.compose import compose_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "qwen3"

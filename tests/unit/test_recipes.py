@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from opsd_megatron.config import Config
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.models.families import read_spec
 from opsd_megatron.models.lora import check_adapters
 from opsd_megatron.models.memory import MemoryEstimate, estimate_memory
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
-from opsd_megatron.train import compose_config
 from tests.unit.models.published import PUBLISHED, write_config
 
 

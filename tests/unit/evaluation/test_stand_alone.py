@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 
 from opsd_megatron.checkpoint.convert import hf_to_megatron
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.errors import EXIT_BAD_INPUT, OpsdError
 from opsd_megatron.evaluate import main, run
 from opsd_megatron.evaluation.answers import Judge, JudgeError
 from opsd_megatron.evaluation.stand_alone import StandAlone
 from opsd_megatron.rollout.engine import Sampling
-from opsd_megatron.train import compose_config
 from opsd_megatron.trainer.setup import check_inputs
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed

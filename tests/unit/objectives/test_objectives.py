@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opsd_megatron.config import Config, ObjectiveConfig
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.config.objectives import OBJECTIVES
 from opsd_megatron.data.packing import pack
 from opsd_megatron.data.prompts import PromptBuilder
@@ -16,7 +17,6 @@ from opsd_megatron.objectives import HeadLayout, build_objective
 from opsd_megatron.objectives.base import weighed
 from opsd_megatron.objectives.opsd import Opsd
 from opsd_megatron.objectives.sft import Sft
-from opsd_megatron.train import compose_config
 from opsd_megatron.types import AlignedSample, Generation, Problem, Rollout, TeacherTargets
 from tests.unit.losses.reference import Case, dense_topk
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from opsd_megatron.config import LoraConfig
+from opsd_megatron.config.compose import compose_config
 from opsd_megatron.errors import CheckpointError, ConfigError, DataError, ModelError, OpsdError
-from opsd_megatron.train import compose_config, run
+from opsd_megatron.train import run
 from opsd_megatron.trainer import setup
 from opsd_megatron.trainer.setup import _set_aside_later, check_inputs
 from tests.functional.runs import SmallRun, make_small_run
