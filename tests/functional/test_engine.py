@@ -406,4 +406,5 @@ def test_an_engine_that_cannot_start_says_why_on_every_rank(outcome: Outcome) ->
     for rank in outcome.ranks:
         assert "empty/config.json cannot be read" in rank["failures"]["model"]
         assert "the rollout engine did not start" in rank["failures"]["cache"]
-        assert "change rollout.kv_cache_gib=1e-06, or lower model.max_length (now 128)" in rank["failures"]["cache"]
+        lower = "lower model.max_length or evaluation.max_length (the longer is 128)"
+        assert f"change rollout.kv_cache_gib=1e-06, or {lower}" in rank["failures"]["cache"]
