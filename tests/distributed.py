@@ -33,7 +33,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed"])
 
 
-def run_distributed(worker: Callable[..., T], world_size: int, *args: object, timeout: float = 120.0) -> list[T]:
+def run_distributed(worker: Callable[..., T], world_size: int, *args: object, timeout: float = 600.0) -> list[T]:
     """Call ``worker(*args)`` on ``world_size`` ranks of a gloo process group.
 
     Every rank is a fresh process with ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` and ``MASTER_*``

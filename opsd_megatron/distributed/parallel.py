@@ -94,6 +94,10 @@ class ParallelDims:
 
         Ranks: every rank of the world.
         """
+        # Megatron-Core only forgets its groups, and each keeps its connections and threads: gloo's wake up a hundred
+        # times a second. The first entry stands for the world.
+        for group in (parallel_state._global_process_group_list or [None])[1:]:
+            dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
         if self._owns_world:
             dist.destroy_process_group()

@@ -48,7 +48,7 @@ def outputs(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for arm, keys in ARMS.items()
     ]
     job = torchrun(["--standalone", "--nproc-per-node", "2"], __name__, [json.dumps(runs)])
-    printed = job.communicate(timeout=280)[0]
+    printed = job.communicate(timeout=600)[0]
     assert job.returncode == 0, printed
     return root
 

@@ -44,7 +44,7 @@ def overrides(small: SmallRun, output: Path, **keys: object) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "run"
-    run_distributed(run, 2, overrides(small, output), timeout=240.0)
+    run_distributed(run, 2, overrides(small, output))
     return output
 
 
@@ -80,7 +80,7 @@ def test_resumed_run_samples_from_the_resumed_weights(small: SmallRun, finished:
     output = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(output / "checkpoints/step_3", ignore_errors=True)
     (output / "rollouts/step_3.jsonl").unlink()
-    run_distributed(run, 2, overrides(small, output, checkpoint__resume=True), timeout=240.0)
+    run_distributed(run, 2, overrides(small, output, checkpoint__resume=True))
     assert (output / "rollouts/step_3.jsonl").read_text() == (finished / "rollouts/step_3.jsonl").read_text()
     assert _trajectory(read_metrics(output)[-1]) == _trajectory(read_metrics(finished)[-1])
 
@@ -97,7 +97,6 @@ def test_engine_that_cannot_start_is_one_clear_error(small: SmallRun, tmp_path: 
             overrides(
                 small, tmp_path / "run", parallel__tensor=1, parallel__sequence=False, rollout__kv_cache_gib=1e-6
             ),
-            timeout=240.0,
         )
     assert "rollout.kv_cache_gib" in str(raised.value)
     assert not (tmp_path / "run").exists()

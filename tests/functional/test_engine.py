@@ -274,7 +274,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         for kind, make in makers.items()
     }
     (root / "empty").mkdir()
-    ranks = run_distributed(worker, 2, bare, model, other, untied, even, root / "empty", timeout=300)
+    ranks = run_distributed(worker, 2, bare, model, other, untied, even, root / "empty")
     return Outcome(model, other, untied[1], ranks)
 
 

@@ -61,7 +61,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def answers(paths: list[Path]) -> list[dict[int, list[list[Generation]]]]:
-    return run_distributed(worker, 2, [*paths, paths[0]], timeout=240.0)
+    return run_distributed(worker, 2, [*paths, paths[0]])
 
 
 def test_every_rank_gets_every_answer(answers: list[dict[int, list[list[Generation]]]]) -> None:

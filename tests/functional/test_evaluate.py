@@ -66,7 +66,7 @@ def trained(small: SmallRun, held_out: Path, tmp_path_factory: pytest.TempPathFa
         "optimizer.lr": 1e-2,
     }
     keys = {key.replace(".", "__"): value for key, value in settings.items()}
-    run_distributed(train, 2, small.overrides(output, steps=STEPS, scripted=False, **keys), timeout=240.0)
+    run_distributed(train, 2, small.overrides(output, steps=STEPS, scripted=False, **keys))
     return output
 
 
@@ -126,7 +126,7 @@ def evaluated(
     }
     settings = [f"{key}={value}" for key, value in common(small, held_out).items()]
     commands = [[*settings, *source, f"output_dir={output / name}"] for name, source in sources.items()]
-    run_distributed(_several, 2, commands, timeout=240.0)
+    run_distributed(_several, 2, commands)
     return output
 
 

@@ -33,7 +33,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 
 
 def _train(small: SmallRun, output: Path, ranks: int, **keys: object) -> list[dict[str, Any]]:
-    run_distributed(run, ranks, small.overrides(output, steps=STEPS, **keys), timeout=240.0)
+    run_distributed(run, ranks, small.overrides(output, steps=STEPS, **keys))
     return read_metrics(output)
 
 

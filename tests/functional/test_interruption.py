@@ -55,7 +55,7 @@ def torchrun(script: Path, changed: str, overrides: list[str]) -> subprocess.Com
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, str(script), *overrides], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*command, str(script), *overrides], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
 
 

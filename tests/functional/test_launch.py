@@ -48,7 +48,7 @@ def test_two_agents_run_one_job(small: SmallRun, tmp_path: Path) -> None:
         )
         for node in range(2)
     ]
-    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=600)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     lines = read_metrics(output)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -68,7 +68,7 @@ def test_bad_input_on_one_node_ends_the_job_on_all(small: SmallRun, tmp_path: Pa
         )
         for node, data in enumerate([small.data, tmp_path / "absent.jsonl"])
     ]
-    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=600)[0] for agent in agents]
     assert all(agent.returncode != 0 for agent in agents)
     assert "error: on rank 1: " in outputs[0] and "absent.jsonl" in outputs[0]
     assert not (tmp_path / "run").exists()
@@ -89,7 +89,7 @@ def test_bad_input_stops_every_rank_with_one_line(small: SmallRun, tmp_path: Pat
     output = tmp_path / "run"
     overrides = small.overrides(output, steps=1, data__train=tmp_path / "absent.jsonl")
     agent = start(["--standalone", "--nproc-per-node", "2"], overrides)
-    printed = agent.communicate(timeout=240)[0]
+    printed = agent.communicate(timeout=600)[0]
     assert agent.returncode != 0
     assert printed.count("error: ") == 1, printed
     assert "absent.jsonl" in printed

@@ -51,7 +51,7 @@ def finished(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rollout__temperature": 0.9,
         "checkpoint__at_end": True,
     }
-    run_distributed(run, 2, small.overrides(output, steps=3, scripted=False, **keys), timeout=240.0)
+    run_distributed(run, 2, small.overrides(output, steps=3, scripted=False, **keys))
     return output
 
 
@@ -127,7 +127,7 @@ def test_vllm_loads_the_adapter(small: SmallRun, exported: tuple[Path, Path]) ->
     from transformers import AutoModelForCausalLM
 
     merged, adapter = exported
-    (samples,) = run_distributed(sample_with_adapter, 1, small.model, adapter, timeout=240.0)
+    (samples,) = run_distributed(sample_with_adapter, 1, small.model, adapter)
     for path, (tokens, log_probs) in zip((small.model, merged), samples, strict=True):
         model = AutoModelForCausalLM.from_pretrained(path)
         with torch.no_grad():

@@ -128,7 +128,7 @@ def found(model: Path, files: dict[str, Any], script: Path, root: Path) -> dict[
             keys = {**shared, **settings, **sizes, "output_dir": root / arm / mesh}
             values = {key.replace("__", "."): "null" if value is None else value for key, value in keys.items()}
             runs[arm, mesh] = [f"objective={arm}", *(f"{key}={value}" for key, value in values.items())]
-    by_rank = run_distributed(_steps, 2, runs, timeout=240.0)
+    by_rank = run_distributed(_steps, 2, runs)
     return {key: [own[key] for own in by_rank] for key in runs}
 
 

@@ -153,7 +153,7 @@ def guessing(files: dict[str, object], tmp_path_factory: pytest.TempPathFactory)
 def finished(guessing: SmallRun, files: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Siblings that are analysed before they teach: three steps, saved after the second."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    run_distributed(run, 2, overrides(guessing, files, output), timeout=240.0)
+    run_distributed(run, 2, overrides(guessing, files, output))
     return output
 
 
@@ -220,7 +220,7 @@ def test_a_resumed_run_writes_the_same_analyses(
 ) -> None:
     output = shutil.copytree(finished, tmp_path / "run")
     (output / "rollouts/step_3.jsonl").unlink()
-    run_distributed(run, 2, overrides(guessing, files, output, checkpoint__resume=True), timeout=240.0)
+    run_distributed(run, 2, overrides(guessing, files, output, checkpoint__resume=True))
     assert rollouts_of(output, 3) == rollouts_of(finished, 3)
     before, after = (read_metrics(path)[-1] for path in (finished, output))
     keys = ("step", "loss", "divergence", "grad_norm", "taught", "analysis_tokens_mean")

@@ -169,7 +169,7 @@ def others(
         "ema of experts, dp": two["m"](root / "edm", **EMA),
         "ema of experts, ep": two["m"](root / "eem", parallel__expert=2, **EMA),
     }
-    stayed = run_distributed(train_each, 2, runs, timeout=300.0)[0]
+    stayed = run_distributed(train_each, 2, runs)[0]
     lines = {}
     for name, overrides in runs.items():
         (output,) = (Path(text.removeprefix("output_dir=")) for text in overrides if text.startswith("output_dir="))
@@ -227,7 +227,7 @@ def test_three_steps_on_real_engines(small: SmallRun, large: Path, tmp_path: Pat
         name: small.overrides(tmp_path / name, steps=3, scripted=False, **shared, **keys)
         for name, keys in policies.items()
     }
-    stayed = run_distributed(train_each, 2, runs, timeout=400.0)[0]
+    stayed = run_distributed(train_each, 2, runs)[0]
     assert stayed == {"ema": False, "refresh": False, "separate": True, "live": False, "trust_region": True}
     for name in policies:
         lines = read_metrics(tmp_path / name)

@@ -219,7 +219,7 @@ def test_a_slurm_job_near_its_time_limit_stops_its_ranks_and_is_queued_again(tmp
         while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=30) == 1
+        assert job.wait(timeout=300) == 1
     finally:
         job.kill()
     assert log.read_text().splitlines() == ["ready", "saved", "scontrol requeue 123456"]
@@ -256,7 +256,7 @@ def test_two_agents_meet_and_form_one_world() -> None:
         for node in (1, 0)
     ]
     try:
-        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+        outputs = [node.communicate(timeout=600)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -32,7 +32,7 @@ train.leave(train.exit_status(program))
 )
 def test_an_error_ends_the_process_at_once(statement: str, status: int, printed: list[str] | None) -> None:
     command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == status
     assert finished.stdout == "unflushed"
     lines = finished.stderr.splitlines()

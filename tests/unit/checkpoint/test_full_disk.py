@@ -70,7 +70,7 @@ def save_when_full(source: Path, disk: Path) -> list[str]:
 
 def test_a_checkpoint_that_does_not_fit(source: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", SIZE) as disk:
-        ranks = run_distributed(save_when_full, 2, source, disk, timeout=240.0)
+        ranks = run_distributed(save_when_full, 2, source, disk)
         assert latest_checkpoint(disk) == disk / "step_2"
     # Each rank looks by itself how much is free.
     told = [[re.sub(r"\([\d.e-]+ of", "(some of", message) for message in messages] for messages in ranks]

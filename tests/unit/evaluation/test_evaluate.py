@@ -328,12 +328,12 @@ def _write_below_a_file(path: Path) -> str:
 
 def test_records_that_cannot_be_written_are_an_error_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "evaluations").touch()
-    first, second = run_distributed(_write_below_a_file, 2, tmp_path / "evaluations", timeout=60.0)
+    first, second = run_distributed(_write_below_a_file, 2, tmp_path / "evaluations")
     assert first == second and first.startswith(f"cannot write {tmp_path}/evaluations/step_1.jsonl.part: ")
 
 
 def test_an_error_of_rank_0_reaches_every_rank() -> None:
-    assert run_distributed(_fail_on_rank_0, 2, timeout=60.0) == ["rank 0 cannot judge"] * 2
+    assert run_distributed(_fail_on_rank_0, 2) == ["rank 0 cannot judge"] * 2
 
 
 @dataclass

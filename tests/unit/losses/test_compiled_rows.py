@@ -67,7 +67,6 @@ def test_the_functions_on_two_ranks(check: Callable[..., None]) -> None:
 
 
 @needs_compiler
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [1, 3, 6])
 def test_compiled(number: int) -> None:
     """Both endpoints, clipped and at a temperature, and the middle: with a C++ compiler, for any number of rows."""
@@ -79,14 +78,12 @@ def test_compiled(number: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.timeout(600)
 def test_equal_sides_stay_exactly_equal_where_operations_are_fused() -> None:
     with through(compiled_kernels):
         check_equal_sides(lambda: through(compiled_kernels), "cpu", every=7)
 
 
 @needs_compiler
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_what_is_no_number_is_reported_through_compiled_kernels(side: str, value: float) -> None:
@@ -100,7 +97,6 @@ def test_what_is_no_number_is_reported_through_compiled_kernels(side: str, value
 
 
 @needs_compiler
-@pytest.mark.timeout(600)
 def test_sums_over_many_columns_are_as_exact_as_uncompiled_ones() -> None:
     spec = DivergenceSpec(0.5, clip=0.05)
     columns, generator = 100_003, torch.Generator().manual_seed(0)

@@ -205,7 +205,7 @@ def test_gradients_are_those_of_the_definitions(tp: int) -> None:
     if tp == 1:
         _check_mesh()
     else:
-        run_distributed(_check_mesh, tp, timeout=200.0)
+        run_distributed(_check_mesh, tp)
 
 
 def test_the_clipped_surrogate_by_hand() -> None:

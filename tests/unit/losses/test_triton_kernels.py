@@ -69,7 +69,7 @@ def test_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[3]
-    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+    child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
     assert child.returncode == 0, child.stdout + child.stderr
 
 

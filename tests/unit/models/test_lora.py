@@ -208,7 +208,7 @@ def found(
     models: dict[str, Path], adapted_models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[list[dict[str, Any]], Path]]:
     folder = tmp_path_factory.mktemp("gradients")
-    outcomes = run_distributed(gradients, 4, models, adapted_models, folder, timeout=240.0)
+    outcomes = run_distributed(gradients, 4, models, adapted_models, folder)
     return {name: ([outcome[name] for outcome in outcomes], folder / name) for name in MESHES}
 
 

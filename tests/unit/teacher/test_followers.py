@@ -171,7 +171,7 @@ def travel_each(dense: Path, moe: Path, root: Path) -> dict[str, dict[str, objec
 
 def test_followers_over_four_ranks(dense: Path, moe: Path, tmp_path: Path) -> None:
     """Each starts from the initial weights, follows as it should, and continues bit for bit, on any mesh."""
-    for outcome in run_distributed(travel_each, 4, dense, moe, tmp_path, timeout=300.0):
+    for outcome in run_distributed(travel_each, 4, dense, moe, tmp_path):
         for name, of in outcome.items():
             assert of.pop("stored", 0.0) < 1e-6, name  # float32's rounding
             # The model that the average is used in has its own dtype.
