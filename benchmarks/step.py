@@ -136,7 +136,9 @@ def ours(case: Case, work: Path, steps: int) -> Outcome:
         "checkpoint.at_end": "false",
         "output_dir": output,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+    command = [sys.executable]
+    if case.ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     command += ["-m", "opsd_megatron.train", *(f"{key}={value}" for key, value in overrides.items())]
     _, peak = run(command, environment(max(1, (os.cpu_count() or 1) // case.ranks)))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP:]

@@ -209,7 +209,8 @@ class RolloutConfig:
         max_new_tokens: Longest response in tokens.
         samples_per_problem: Responses drawn for each problem.
         memory_fraction: Share of device memory the engine may take (CUDA only).
-        kv_cache_gib: Size of the key/value cache on CPU, in GiB a rank.
+        kv_cache_gib: Size of the key/value cache on CPU, in GiB a rank; ``None``: room for a step's responses at full
+            length, up to 1 GiB.
         enforce_eager: Skip the engine's graph capture and compilation (CUDA only; on CPU it is always skipped).
         max_log_prob_gap: Stop the run, before the update, where the engine's log-probs of the step's responses differ
             from the trainer's by more than this on average; ``None`` only logs it. The default lets any precision
@@ -229,7 +230,7 @@ class RolloutConfig:
     max_new_tokens: int = 1024
     samples_per_problem: int = 1
     memory_fraction: float = 0.4
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float | None = None
     enforce_eager: bool = False
     max_log_prob_gap: float | None = 0.5
     sleep_level: int = 1

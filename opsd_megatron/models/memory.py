@@ -129,8 +129,14 @@ def estimate_memory(
         activations=_activations(spec, config),
         engine_weights=total * size // config.engine_tensor if config.needs_engine else 0,
         checkpoint=_checkpoint(spec, config, total),
-        cache_token=2 * size * spec.num_layers * max(spec.num_kv_heads // config.engine_tensor, 1) * spec.head_dim,
+        cache_token=cache_token_bytes(spec, config),
     )
+
+
+def cache_token_bytes(spec: Qwen3Spec, config: Config) -> int:
+    """Bytes of one token's keys and values in a rank's part of the rollout engine."""
+    size = 2 if config.model.dtype == "bfloat16" else _FLOAT32
+    return 2 * size * spec.num_layers * max(spec.num_kv_heads // config.engine_tensor, 1) * spec.head_dim
 
 
 def _checkpoint(spec: Qwen3Spec, config: Config, total: int) -> int:

@@ -10,19 +10,49 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from opsd_megatron.distributed.collectives import broadcast_object
 
 
-def repack_tied_head(model: torch.nn.Module) -> None:
-    """Make the output head of vLLM's CPU build follow a reload where it is tied to the embedding.
+def vocabulary_in_place(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Load embedding and output head into the tensors that vLLM uses, and pass the other weights on.
 
-    The CPU build multiplies by a repacked copy that each module makes of its weight. ``reload_weights`` renews the copy
-    of modules that get a tensor; a tied head gets none, and keeps multiplying by the old embedding.
+    ``reload_weights`` would make these, by far the largest, anew, pack them and copy them over: seconds and gigabytes.
+
+    Args:
+        model: vLLM's model, before the reload starts, which puts other tensors in its place meanwhile.
+        weights: By Hugging Face name; drained as the result is.
     """
-    head: Any = model.get_submodule("lm_head")
-    if head.weight is model.get_submodule("model.embed_tokens").weight:
-        head.quant_method.process_weights_after_loading(head)
+    head, embedding = _vocabulary(model)
+    used = {"lm_head.weight": (head, head.weight), "model.embed_tokens.weight": (embedding, embedding.weight)}
+
+    def rest() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if name in used:
+                module, weight = used[name]
+                module.weight_loader(weight, tensor)
+            else:
+                yield name, tensor
+
+    return rest()
+
+
+def pack_head(model: torch.nn.Module) -> None:
+    """Make the output head multiply by the weights it has, and keep no other packed copy.
+
+    vLLM's CPU build multiplies by packed copies, which each module makes of its weight when it is loaded: an embedding
+    too, which never multiplies, and a tied head not again when the embedding has new weights.
+    """
+    head, embedding = _vocabulary(model)
+    for module in (head, embedding):
+        module.cpu_linear = None  # frees the old copy before the new one is made
+    head.quant_method.process_weights_after_loading(head)
+
+
+def _vocabulary(model: torch.nn.Module) -> tuple[Any, Any]:
+    """Output head and embedding."""
+    return model.get_submodule("lm_head"), model.get_submodule("model.embed_tokens")
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:

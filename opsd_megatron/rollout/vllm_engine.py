@@ -35,7 +35,12 @@ from opsd_megatron.rollout.process import (
     uncompiled_on_cpu,
 )
 from opsd_megatron.rollout.stop_tokens import stop_token_ids
-from opsd_megatron.rollout.vllm_cpu import forget_expert_kernels, private_shared_memory, repack_tied_head
+from opsd_megatron.rollout.vllm_cpu import (
+    forget_expert_kernels,
+    pack_head,
+    private_shared_memory,
+    vocabulary_in_place,
+)
 from opsd_megatron.rollout.vllm_options import engine_options, start_failure
 from opsd_megatron.types import FinishReason, Generation
 
@@ -118,6 +123,8 @@ class VllmEngine:
         _raise_on_every_rank(problem, cause)
         with process_state_kept(), private_shared_memory(), uncompiled_on_cpu():
             llm = _build_llm(model_path, config, max_length, read_weights=read_weights)
+            if not torch.cuda.is_available():
+                llm.apply_model(pack_head)
         world, tensor = dist.get_world_size(), config.engine_tensor
         return cls(
             llm,
@@ -209,16 +216,24 @@ class VllmEngine:
         self._has_weights = False  # should this fail half-way, the engine holds a mixture
         self._wake({"weights"})
         with torch.no_grad(), random_state_kept(), uncompiled_on_cpu():
-            if not torch.cuda.is_available():
-                self._running.apply_model(forget_expert_kernels)
-            self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            if not torch.cuda.is_available():
-                self._running.apply_model(repack_tied_head)
+            if torch.cuda.is_available():
+                self._reload(weights)
+            else:
+                self._reload_on_cpu(weights)
         left = next(weights, None)
         if left is not None:
             raise AssertionError(f"the engine stopped reading weights before {left[0]}")
         self._running.reset_prefix_cache()
         self._has_weights = True
+
+    def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def _reload_on_cpu(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        (model,) = self._running.apply_model(lambda model: model)  # this process's: every rank has a worker of its own
+        forget_expert_kernels(model)
+        self._reload(vocabulary_in_place(model, weights))
+        pack_head(model)
 
     @property
     def holds_weights(self) -> bool:

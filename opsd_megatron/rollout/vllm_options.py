@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opsd_megatron.config import Config
+from opsd_megatron.models.families import read_spec
+from opsd_megatron.models.memory import cache_token_bytes
 
 # Sequences decoded at a time and tokens run through the model at a time. On CPU there is no memory profile for vLLM to
 # choose by; on CUDA its own defaults for the device hold.
 _CPU_MAX_SEQUENCES = 256
 _CPU_MAX_BATCHED_TOKENS = 8192
+# The cache is divided into blocks of so many tokens (vLLM's size on CPU), and every page of it is touched at the start.
+_CPU_BLOCK_TOKENS = 128
+_CPU_CACHE_BYTES = 2**30
 
 
 def engine_options(model_path: Path, config: Config, max_length: int, *, read_weights: bool) -> dict[str, Any]:
@@ -47,12 +53,24 @@ def engine_options(model_path: Path, config: Config, max_length: int, *, read_we
         }
     else:
         options |= {
-            "kv_cache_memory_bytes": int(config.rollout.kv_cache_gib * 2**30),
+            "kv_cache_memory_bytes": _cpu_cache_bytes(model_path, config, max_length),
             "enforce_eager": True,
             "max_num_seqs": _CPU_MAX_SEQUENCES,
             "max_num_batched_tokens": _CPU_MAX_BATCHED_TOKENS,
         }
     return options
+
+
+def _cpu_cache_bytes(model_path: Path, config: Config, max_length: int) -> int:
+    """Size of a rank's key/value cache: as configured, or what the sequences decoded at a time can fill."""
+    if config.rollout.kv_cache_gib is not None:
+        return int(config.rollout.kv_cache_gib * 2**30)
+    blocks = math.ceil(max_length / _CPU_BLOCK_TOKENS) + 1
+    longest = blocks * _CPU_BLOCK_TOKENS * cache_token_bytes(read_spec(model_path), config)
+    sequences = config.train.problems_per_step * config.rollout.samples_per_problem
+    if config.evaluation_sets or sequences > _CPU_MAX_SEQUENCES:
+        sequences = _CPU_MAX_SEQUENCES
+    return max(longest, min(sequences * longest, _CPU_CACHE_BYTES))
 
 
 def start_failure(error: Exception, config: Config, max_length: int) -> str:
@@ -63,7 +81,7 @@ def start_failure(error: Exception, config: Config, max_length: int) -> str:
         size = (
             f"rollout.memory_fraction={rollout.memory_fraction}"
             if torch.cuda.is_available()
-            else f"rollout.kv_cache_gib={rollout.kv_cache_gib}"
+            else f"rollout.kv_cache_gib={'null' if rollout.kv_cache_gib is None else rollout.kv_cache_gib}"
         )
         remedy = f"change {size}, or lower model.max_length or evaluation.max_length (the longer is {max_length})"
     elif "divisible" in text:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ import torch
 from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.rollout.vllm_engine import VllmEngine, _generation, share
+
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize(("num", "replicas"), [(0, 1), (1, 4), (7, 3), (8, 4), (33, 2)])
@@ -41,6 +43,10 @@ class SleepingLlm:
         self.asleep: set[str] = set()
         self.done: list[str] = []
         self._forgets, self._log_prob = forgets, -0.5
+        self.model = torch.nn.Module()
+        self.model.lm_head = torch.nn.Linear(2, 3)
+        self.model.lm_head.quant_method = SimpleNamespace(process_weights_after_loading=lambda head: None)  # type: ignore[assignment]
+        self.model.model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(3, 2)})
 
     def sleep(self, level: int) -> None:
         assert "weights" not in self.asleep, "already asleep"
@@ -67,8 +73,8 @@ class SleepingLlm:
             pass
         self.done.append("update")
 
-    def apply_model(self, function: Callable[[torch.nn.Module], None]) -> None:
-        pass
+    def apply_model(self, function: Callable[[torch.nn.Module], T]) -> list[T]:
+        return [function(self.model)]
 
     def reset_prefix_cache(self) -> None:
         pass
