@@ -281,6 +281,9 @@ def picture(results: list[Row], path: Path) -> None:
             axis.plot([r.rows for r in both], [value(r.dense) for r in both], "--", label=f"dense, H {hidden}", **style)
     for axis, label in ((axes[0], "seconds, forward and backward"), (axes[1], "GiB above inputs and gradients")):
         axis.set(xscale="log", yscale="log", xlabel="rows", ylabel=label)
+        rows = sorted({row.rows for row in results})
+        axis.set_xticks(rows, map(str, rows))
+        axis.minorticks_off()
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

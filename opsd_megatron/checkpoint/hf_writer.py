@@ -1,6 +1,7 @@
 """Streaming writes of Hugging Face model directories.
 
-One run of rows is in memory at a time; the safetensors library's writer needs a whole file's tensors at once.
+Two runs of rows are in memory at a time, one of them on its way to the disk; the safetensors library's writer needs a
+whole file's tensors at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -109,6 +111,8 @@ def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ModelError: A number is too large for ``dtype``: float16 ends at 65,504.
     """
+    if tensor.dtype == dtype:
+        return tensor
     cast = tensor.to(dtype)
     if not is_finite(cast) and is_finite(tensor):
         raise ModelError(f"tensor {name} holds numbers too large for {str(dtype).removeprefix('torch.')}")
@@ -164,6 +168,7 @@ class _ShardedWriter:
     def __init__(self, folder: Path, max_shard_bytes: int) -> None:
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
+        self._thread = ThreadPoolExecutor(1)
         self.shards: list[_ShardWriter] = []
         self.shard_of: dict[str, int] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -175,17 +180,20 @@ class _ShardedWriter:
         if not self.shards or not self.shards[-1].has_room(name, size, self.max_shard_bytes):
             if self.shards:
                 self.shards[-1].finish()
-            # The number of shards, part of their names, is known only at the end.
-            self.shards.append(_ShardWriter(self.folder / f"part-{len(self.shards):05d}"))
+            self._begin()
         self.shards[-1].add(name, tensor)
         self.shard_of[name] = len(self.shards) - 1
         if tensor.dtype.is_floating_point:
             self.dtypes.add(tensor.dtype)
 
+    def _begin(self) -> None:
+        # The number of shards, part of their names, is known only at the end.
+        self.shards.append(_ShardWriter(self.folder / f"part-{len(self.shards):05d}", self._thread))
+
     def finish(self) -> None:
         """Complete the last file, give all their final names and write the index."""
         if not self.shards:
-            self.shards.append(_ShardWriter(self.folder / "part-00000"))
+            self._begin()
         self.shards[-1].finish()
         if len(self.shards) == 1:
             self.shards[0].path.rename(self.folder / SINGLE_FILE)
@@ -202,6 +210,7 @@ class _ShardedWriter:
 
     def close(self) -> None:
         """Let go of the open file, also after a failure."""
+        self._thread.shutdown()
         for shard in self.shards:
             shard.stream.close()
 
@@ -209,11 +218,14 @@ class _ShardedWriter:
 class _ShardWriter:
     """One safetensors file whose header is filled in last, into space kept for it.
 
-    The format allows trailing spaces in the header, so the header may be shorter than its room.
+    The format allows trailing spaces in the header, so the header may be shorter than its room. A piece is written in
+    ``thread`` while the next one is made; what the disk says to it is raised then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, thread: Executor) -> None:
         self.path = path
+        self._thread = thread
+        self._writing: Future[int] | None = None
         self.stream: IO[bytes] = path.open("wb")
         self.stream.seek(8 + _HEADER_ROOM)
         self.data_bytes = 0
@@ -229,7 +241,8 @@ class _ShardWriter:
         for piece in tensor.pieces:
             flat = piece.detach().to("cpu", tensor.dtype).contiguous().reshape(-1)
             if flat.numel():
-                self.stream.write(flat.view(torch.uint8).numpy().data)
+                self._wait()
+                self._writing = self._thread.submit(self.stream.write, flat.view(torch.uint8).numpy().data)
             self.data_bytes += flat.numel() * flat.element_size()
         if self.data_bytes - begin != math.prod(tensor.shape) * tensor.dtype.itemsize:
             raise ValueError(f"the pieces of tensor {name} do not make up {tensor.shape}")
@@ -240,7 +253,13 @@ class _ShardWriter:
         }
         self._header_bytes += _header_cost(name)
 
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
     def finish(self) -> None:
+        self._wait()
         header = json.dumps(self._header, separators=(",", ":")).encode()
         self.stream.seek(0)
         self.stream.write(_HEADER_ROOM.to_bytes(8, "little") + header.ljust(_HEADER_ROOM))

@@ -13,11 +13,12 @@ import math
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
@@ -44,6 +45,7 @@ from torch.distributed.checkpoint.planner import (
 from opsd_megatron.errors import CheckpointError
 
 Box = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Chunk:
         dtype: Of the whole tensor.
         offset: Where this part begins in each dimension.
         size: How far it extends in each dimension.
-        read: Makes the part, with ``size`` and ``dtype``; called once, when it is written.
+        read: Makes the part, with ``size`` and ``dtype``; called once, in another thread.
     """
 
     name: str
@@ -70,13 +72,14 @@ class Chunk:
 def write_chunks(folder: Path, chunks: Iterable[Chunk]) -> None:
     """Write a checkpoint that ``megatron.core.dist_checkpointing.load`` reads into an existing, empty folder.
 
-    Chunks are made and written one after the other. Together they must cover every tensor exactly once.
+    Chunks are made and written one after the other, each made while the one before is written. Together they must cover
+    every tensor exactly once.
 
     Raises:
         OSError: The disk failed.
         Exception: Whatever a chunk's ``read`` raised.
     """
-    planner = _ChunkPlanner(chunks)
+    planner = _ChunkPlanner(list(chunks))
     # Nothing is copied ahead: that is for tensors that are still on a device.
     writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     try:
@@ -111,14 +114,15 @@ def disk_error(error: BaseException | None) -> OSError | None:
 class _ChunkPlanner(SavePlanner):
     """Tells torch's writer what there is to write and makes each chunk when its turn comes."""
 
-    def __init__(self, chunks: Iterable[Chunk]) -> None:
-        self._chunks = {(chunk.name, chunk.offset): chunk for chunk in chunks}
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = chunks
+        self._made = _ahead((chunk, chunk.read()) for chunk in chunks)
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Nothing to do: what there is to write was handed over already."""
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([_write_item(chunk) for chunk in self._chunks.values()])
+        return SavePlan([_write_item(chunk) for chunk in self._chunks])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = create_default_global_save_plan(all_plans)
@@ -132,11 +136,20 @@ class _ChunkPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.index.offset is not None
-        chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
-        tensor = chunk.read()
+        chunk, tensor = next(self._made)
+        # One thread that copies nothing ahead takes them in the plan's order.
+        assert write_item.index == MetadataIndex(chunk.name, torch.Size(chunk.offset)), f"{write_item} is not {chunk}"
         assert (tuple(tensor.shape), tensor.dtype) == (chunk.size, chunk.dtype), f"{chunk} became {tensor.shape}"
         return tensor
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Take items in a thread of its own, one ahead of the caller."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def _write_item(chunk: Chunk) -> WriteItem:
