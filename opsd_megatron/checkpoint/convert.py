@@ -1,8 +1,8 @@
 """Conversion between Hugging Face directories and Megatron checkpoints, in one process on the CPU.
 
 No model is built: the weight map says which rows of which tensors make up a parameter, so that two parts of parameters
-are in memory at a time, one being read and one being written. The two formats are in ``hf_io`` and ``hf_writer``, and in
-``tensor_store``.
+are in memory at a time, one being read and one being written. The two formats are in ``hf_io`` and ``hf_writer``, and
+in ``tensor_store``.
 """
 
 from __future__ import annotations
