@@ -9,6 +9,7 @@ from opsd_megatron.errors import ConfigError
 
 # The linear layers that can be adapted, as Hugging Face and PEFT call them.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MLP_PROJECTIONS = frozenset(PROJECTIONS[4:])
 
 
 @dataclass
@@ -33,6 +34,11 @@ class LoraConfig:
     def scale(self) -> float:
         """What ``B @ A`` is multiplied by."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def adapts_mlps(self) -> bool:
+        """Whether any projection of MLPs, and so of experts, is adapted."""
+        return self.rank > 0 and not MLP_PROJECTIONS.isdisjoint(self.targets)
 
     def resolved(self) -> LoraConfig:
         """The same adapters in the one form that all who mean them have: alpha in full, targets in PEFT's order."""

@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from opsd_megatron.config import LoraConfig
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.types import PackedSequences
 
@@ -53,14 +54,22 @@ def has_fused_weight_gradient() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def block_spec(backend: Backend, experts: Sequence[int], *, adapted: bool = False) -> TransformerBlockSubmodules:
+def groups_experts(backend: Backend, lora: LoraConfig) -> bool:
+    """Whether one layer takes all of a rank's experts at once, rather than one linear layer each.
+
+    That is faster, but leaves adapters no linear layer of a single expert to lie beside.
+    """
+    return backend == "transformer_engine" and not lora.adapts_mlps
+
+
+def block_spec(backend: Backend, experts: Sequence[int], lora: LoraConfig) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm.
 
     Args:
         backend: What they are built from.
         experts: For each layer of the stage how many experts it has; 0 for a plain MLP.
-        adapted: Whether linear layers will have adapters (``models.lora``), which see the same input as they do: their
-            norms are then modules of their own.
+        lora: What will have adapters (``models.lora``). These see the same input as their linear layers, whose norms
+            are then modules of their own.
     """
     if backend == "torch":
         from opsd_megatron.models.torch_backend import block_spec as torch_block_spec
@@ -71,11 +80,13 @@ def block_spec(backend: Backend, experts: Sequence[int], *, adapted: bool = Fals
 
     layers = {
         count: get_gpt_layer_with_transformer_engine_spec(
-            num_experts=count or None, moe_grouped_gemm=count > 0, qk_layernorm=True
+            num_experts=count or None,
+            moe_grouped_gemm=count > 0 and groups_experts(backend, lora),
+            qk_layernorm=True,
         )
         for count in set(experts)
     }
-    if adapted:
+    if lora.rank:
         for count, layer in layers.items():
             take_norms_out(layer, linear=TEColumnParallelLinear, norm=TENorm, with_experts=count > 0)
     return TransformerBlockSubmodules(layer_specs=[layers[count] for count in experts], layer_norm=TENorm)

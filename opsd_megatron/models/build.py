@@ -79,9 +79,7 @@ def build_model(spec: Qwen3Spec, config: Config, dims: ParallelDims) -> list[Hid
         HiddenStatesGPT(
             backend=backend,
             config=settings,
-            transformer_layer_spec=block_spec(
-                backend, [spec.experts_in(layer) for layer in layers], adapted=config.lora.rank > 0
-            ),
+            transformer_layer_spec=block_spec(backend, [spec.experts_in(layer) for layer in layers], config.lora),
             vocab_size=spec.padded_vocab_size(dims.tp),
             max_sequence_length=spec.max_positions,
             pre_process=dims.is_first_stage and number == 0,

@@ -47,12 +47,7 @@ from torch import Tensor, nn
 
 from opsd_megatron.config import LoraConfig
 from opsd_megatron.distributed.collectives import sum_gradient, summed
-from opsd_megatron.errors import ConfigError
-from opsd_megatron.models.backends import Backend
-from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.rules import ADAPTER_SUFFIX
-
-_EXPERT_PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 
 
 class _Layout(NamedTuple):
@@ -217,21 +212,6 @@ def _rows_of_projections(layout: _Layout, weight: Tensor, config: TransformerCon
     return dict.fromkeys(layout.projections, weight.shape[0] // len(layout.projections))
 
 
-def check_adapters(settings: LoraConfig, spec: Qwen3Spec, backend: Backend) -> None:
-    """Check that a backend can adapt the targets.
-
-    Raises:
-        ConfigError: It cannot.
-    """
-    experts = [name for name in settings.targets if name in _EXPERT_PROJECTIONS]
-    if settings.rank and spec.num_experts and backend == "transformer_engine" and experts:
-        raise ConfigError(
-            f"lora.targets: {', '.join(experts)} of experts cannot be adapted with Transformer Engine, whose layer "
-            "takes all of a rank's experts at once; use lora.targets=[q_proj,k_proj,v_proj,o_proj] or "
-            "model.backend=torch"
-        )
-
-
 def add_adapters(chunks: Sequence[GPTModel], settings: LoraConfig, *, seed: int) -> None:
     """Freeze a model and give it adapters that do nothing yet.
 
@@ -296,7 +276,7 @@ def _linear_layers(chunk: GPTModel) -> Iterator[tuple[nn.Module, str, _Layout]]:
         if experts is None:
             yield from _mlp(layer.mlp, prefix + "mlp.", of_expert=False)
             continue
-        # Transformer Engine's grouped experts have no such list; check_adapters refuses to adapt them.
+        # Experts that one layer takes at once have no such list, and no adapters (backends.groups_experts).
         local = getattr(experts, "local_experts", ())
         first = chunk.pg_collection.ep.rank() * len(local)
         for number, expert in enumerate(local, start=first):

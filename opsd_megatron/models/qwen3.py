@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ConfigError
-from opsd_megatron.models.backends import Backend, has_fused_weight_gradient
+from opsd_megatron.models.backends import Backend, groups_experts, has_fused_weight_gradient
 from opsd_megatron.models.config_file import ConfigFile
 from opsd_megatron.models.rope import Yarn, read_rope
 from opsd_megatron.models.rules import ATTENTION, MLP, NORMS, Rule
@@ -313,6 +313,7 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         variable_seq_lengths=True,
         # Megatron-Core's rule for variable lengths looks at this also where there are no experts.
         moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=spec.num_experts > 0 and groups_experts(backend, config.lora),
         # Batched point-to-point is NCCL's grouping of sends with receives; gloo has none. The interleaved schedule over
         # two ranks would mix up what goes to the next and the previous rank, which are the same one: it communicates
         # forward and backward separately, overlapped with computation.

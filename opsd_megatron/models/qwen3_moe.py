@@ -131,7 +131,6 @@ class Qwen3MoeSpec(Qwen3Spec):
             "moe_router_pre_softmax": not self.normalized,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
-            "moe_grouped_gemm": backend == "transformer_engine",
             "expert_model_parallel_size": dims.ep,
             "expert_tensor_parallel_size": dims.etp,
         }

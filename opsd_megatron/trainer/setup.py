@@ -29,10 +29,10 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.distributed.seed import seed_everything
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.evaluation.evaluate import Evaluator, evaluation_length, evaluation_prompts, sampling_of
-from opsd_megatron.models.backends import Backend, choose_backend
+from opsd_megatron.models.backends import Backend, choose_backend, groups_experts
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.families import read_spec, resolve_model_path
-from opsd_megatron.models.lora import add_adapters, check_adapters
+from opsd_megatron.models.lora import add_adapters
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
 from opsd_megatron.models.stages import describe_stages
 from opsd_megatron.models.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ def check_inputs(config: Config) -> Inputs:
     spec = read_spec(source)
     check_mesh(spec, config)
     if config.model.backend == "transformer_engine":  # where it is chosen later, build_trainer checks
-        _check_adapters(config, spec, "transformer_engine")
+        _check_stored_adapters(config, spec, "transformer_engine")
     _check_weights(config, source, spec)
     needs = config.needs
     problems = load_problems(
@@ -175,18 +175,15 @@ def _check_weights(config: Config, source: Path, spec: Qwen3Spec) -> None:
         stop_token_ids(source)
 
 
-def _check_adapters(config: Config, spec: Qwen3Spec, backend: Backend) -> None:
-    """What the run trains, and what the checkpoint it starts from brings."""
-    check_adapters(config.lora, spec, backend)
+def _check_stored_adapters(config: Config, spec: Qwen3Spec, backend: Backend) -> None:
+    """Whether the adapters of the checkpoint that the run starts from can be merged."""
     stored = None if config.model.checkpoint is None else adapters_of(config.model.checkpoint)
-    if stored is not None:
-        try:
-            check_adapters(stored, spec, backend)
-        except ConfigError as error:
-            raise ConfigError(
-                f"model.checkpoint={config.model.checkpoint} has adapters that this backend cannot merge ({error}); "
-                "merge them with tools/checkpoint/megatron_to_hf.py and start from its output as model.path"
-            ) from error
+    if stored and stored.adapts_mlps and spec.num_experts and groups_experts(backend, config.lora):
+        raise ConfigError(
+            f"model.checkpoint={config.model.checkpoint} has adapters on experts, which Transformer Engine's layer for "
+            "all of a rank's experts cannot merge; merge them with tools/checkpoint/megatron_to_hf.py and start from "
+            "its output as model.path"
+        )
 
 
 def build_trainer(config: Config, inputs: Inputs) -> Trainer:
@@ -199,7 +196,7 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
     """
     # Here and not with the inputs: those may be checked on a machine without the GPUs of the run.
     backend = choose_backend(config.model.backend, dtype=config.model.dtype, on_cuda=torch.cuda.is_available())
-    _check_adapters(config, inputs.spec, backend)
+    _check_stored_adapters(config, inputs.spec, backend)
     dims = ParallelDims.initialize(config.parallel)
     seed_everything(config.train.seed, dims)
     # The engine first: it sizes its cache by the free device memory, then sleeps while the trainer moves in.

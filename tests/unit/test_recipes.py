@@ -16,7 +16,6 @@ import pytest
 from opsd_megatron.config import Config
 from opsd_megatron.config.compose import compose_config
 from opsd_megatron.models.families import read_spec
-from opsd_megatron.models.lora import check_adapters
 from opsd_megatron.models.memory import MemoryEstimate, estimate_memory
 from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
 from tests.unit.models.published import PUBLISHED, write_config
@@ -62,7 +61,6 @@ def recipe(name: str) -> Recipe:
     with tempfile.TemporaryDirectory() as directory:
         spec = read_spec(write_config(Path(directory), PUBLISHED[size][0]))
     check_mesh(spec, config)
-    check_adapters(config.lora, spec, "transformer_engine")
     return Recipe(config, gpus, spec, estimate_memory(spec, config, gpus))
 
 

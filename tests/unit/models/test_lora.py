@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opsd_megatron.config import LoraConfig
-from opsd_megatron.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 from tests.unit.models.adapted import (
@@ -326,20 +325,6 @@ def test_some_of_the_projections(models: dict[str, Path]) -> None:
     assert len({tuple(tensor.flatten().tolist()) for tensor in drawn.values()}) == len(drawn)
 
 
-def test_experts_under_transformer_engine_are_refused(models: dict[str, Path]) -> None:
-    from opsd_megatron.models.families import read_spec
-    from opsd_megatron.models.lora import check_adapters
-
-    dense, moe = (read_spec(models[name]) for name in ("dense", "moe"))
-    attention = LoraConfig(RANK, targets=["q_proj", "o_proj"])
-    check_adapters(LoraConfig(RANK), dense, "transformer_engine")
-    check_adapters(LoraConfig(RANK), moe, "torch")
-    check_adapters(attention, moe, "transformer_engine")
-    check_adapters(LoraConfig(), moe, "transformer_engine")
-    with pytest.raises(ConfigError, match=r"gate_proj, up_proj, down_proj of experts .*use lora.targets=\[q_proj"):
-        check_adapters(LoraConfig(RANK), moe, "transformer_engine")
-
-
 def test_transformer_engine_s_layers_get_their_norms_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """In Megatron-Core's own specification of its layers, which can be read without it, if not built."""
     from megatron.core.extensions import transformer_engine as engine
@@ -350,7 +335,8 @@ def test_transformer_engine_s_layers_get_their_norms_outside(monkeypatch: pytest
 
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider, raising=False)
     monkeypatch.setattr(provider, "is_te_min_version", lambda version: True)
-    fused, outside = (block_spec("transformer_engine", [0, 4], adapted=adapted) for adapted in (False, True))
+    attention = LoraConfig(RANK, targets=["q_proj"])
+    fused, outside = (block_spec("transformer_engine", [0, 4], lora) for lora in (LoraConfig(), attention))
     for with_experts, before, after in zip((False, True), fused.layer_specs, outside.layer_specs, strict=True):
         old, new = before.submodules, after.submodules
         assert old.self_attention.submodules.linear_qkv is engine.TELayerNormColumnParallelLinear
@@ -362,6 +348,6 @@ def test_transformer_engine_s_layers_get_their_norms_outside(monkeypatch: pytest
             assert old.mlp.submodules.linear_fc1 is engine.TELayerNormColumnParallelLinear
             assert new.mlp.submodules.linear_fc1 is engine.TEColumnParallelLinear
         # Checkpoints have the names that they have with the norm inside, as from the torch backend.
-        torch_layer = block_spec("torch", [4 * with_experts]).layer_specs[0].submodules
+        torch_layer = block_spec("torch", [4 * with_experts], attention).layer_specs[0].submodules
         assert torch_layer.sharded_state_dict_keys_map.items() <= new.sharded_state_dict_keys_map.items()
         assert old.sharded_state_dict_keys_map.items() <= new.sharded_state_dict_keys_map.items()

@@ -109,15 +109,19 @@ def with_stand_ins() -> ExitStack:
     return stack
 
 
-def build(models: list[Path], tp: int, ep: int, etp: int | None) -> list[tuple[Found, list[str]]]:
-    """Of each model: this rank's parameters, their shapes there and as the weight map has them; and what is missing."""
+def build(
+    models: list[Path], tp: int, ep: int, etp: int | None, lora_rank: int = 0
+) -> list[tuple[Found, list[str], list[str]]]:
+    """Of each model: this rank's parameters, their shapes there and as the weight map has them; missing; adapters."""
     from opsd_megatron.config import Config
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.models import build
     from opsd_megatron.models.families import read_spec
+    from opsd_megatron.models.lora import add_adapters
     from opsd_megatron.models.weight_map import missing_parameters, placed_parameters, shard_shape
 
     config = Config()
+    config.lora.rank = lora_rank
     parallel = config.parallel
     parallel.tensor, parallel.sequence = tp, tp > 1
     parallel.expert, parallel.expert_tensor = ep, etp
@@ -139,7 +143,10 @@ def build(models: list[Path], tp: int, ep: int, etp: int | None) -> list[tuple[F
             }
             assert len(found) == len(names)
             missing = [name for place in missing_parameters(chunks, spec, dims) for name in place.hf_names]
-            outcome.append((found, missing))
+            if lora_rank:
+                add_adapters(chunks, config.lora, seed=0)
+            adapters = [name for name, _ in chunks[0].named_parameters() if id(_) not in names]
+            outcome.append((found, missing, adapters))
     return outcome
 
 
@@ -156,10 +163,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_every_parameter_has_its_place_and_shape(models: list[Path], tp: int, ep: int, etp: int | None) -> None:
     ranks = run_distributed(build, tp, models, tp, ep, etp)
     for rank in ranks:
-        for found, missing in rank:
+        for found, missing, _ in rank:
             assert missing == []
             assert [name for name, (shape, expected, _) in found.items() if shape != expected] == []
-    (dense, _), (moe, _) = ranks[-1]
+    (dense, *_), (moe, *_) = ranks[-1]
     layer = "decoder.layers.1."
     assert {name.removeprefix(layer) for name in dense if name.startswith(layer)} == {
         "self_attention.linear_proj.weight",
@@ -183,3 +190,14 @@ def test_every_parameter_has_its_place_and_shape(models: list[Path], tp: int, ep
     assert moe[f"{layer}mlp.experts.linear_fc2.weight{last}"][2] == ("model.layers.1.mlp.experts.3.down_proj.weight",)
     assert f"{layer}mlp.experts.linear_fc1.weight{last + 1}" not in moe
     assert moe[f"{layer}pre_mlp_layernorm.weight"][2] == ("model.layers.1.post_attention_layernorm.weight",)
+
+
+def test_adapted_experts_have_linear_layers_of_their_own(models: list[Path]) -> None:
+    """Two experts a rank, each with two linear layers, of two and of one projection, of A and B each."""
+    for rank in run_distributed(build, 2, models[1:], 2, 2, 1, 4):
+        ((found, missing, adapters),) = rank
+        assert missing == []
+        assert [name for name, (shape, expected, _) in found.items() if shape != expected] == []
+        experts = "decoder.layers.1.mlp.experts.local_experts."
+        assert {f"{experts}{number}.linear_fc{layer}.weight" for number in (0, 1) for layer in (1, 2)} < set(found)
+        assert sum(name.startswith(experts) for name in adapters) == 2 * (2 + 1) * 2

@@ -63,17 +63,20 @@ def test_wrong_keys(
         check(small, tmp_path / "run", **keys)
 
 
-def test_adapters_that_the_backend_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_a_checkpoint_that_the_backend_cannot_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts = make_small_run(tmp_path, make_model=make_tiny_qwen3_moe)
-    keys: dict[str, object] = {"model__backend": "transformer_engine", "lora__rank": 4}
-    check(experts, tmp_path / "run", **keys, lora__targets="[q_proj]")
-    with pytest.raises(ConfigError, match=r"gate_proj, up_proj, down_proj of experts"):
-        check(experts, tmp_path / "run", **keys)
-    # Nor merge them from a checkpoint to start from.
+    keys: dict[str, object] = {"model__backend": "transformer_engine", "model__checkpoint": tmp_path / "step_1"}
+    monkeypatch.setattr(setup, "check_checkpoint", lambda *_: None)
+    monkeypatch.setattr(setup, "run_identity", lambda *_, **__: {})
+    monkeypatch.setattr(setup, "adapters_of", lambda _: LoraConfig(4, targets=["q_proj"]))
+    check(experts, tmp_path / "run", **keys)
     monkeypatch.setattr(setup, "adapters_of", lambda _: LoraConfig(4))
-    keys |= {"lora__rank": 0, "model__checkpoint": tmp_path / "step_1"}
-    with pytest.raises(ConfigError, match=r"model\.checkpoint=.*step_1 has adapters .* cannot merge .*gate_proj"):
-        check(experts, tmp_path / "run", **keys)
+    check(experts, tmp_path / "run", **keys, lora__rank=4)  # experts are apart, then
+    for lora in ({}, {"lora__rank": 4, "lora__targets": "[q_proj]"}):
+        with pytest.raises(ConfigError, match=r"model\.checkpoint=.*step_1 has adapters on experts.* cannot merge"):
+            check(experts, tmp_path / "run", **keys, **lora)
 
 
 @pytest.mark.parametrize(
