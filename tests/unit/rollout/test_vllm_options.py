@@ -9,6 +9,7 @@ import torch
 
 from opsd_megatron.config import Config
 from opsd_megatron.rollout.vllm_options import engine_options, start_failure
+from tests.tiny import make_tiny_qwen3
 
 
 def config() -> Config:
@@ -26,6 +27,25 @@ def test_memory_is_bounded_as_the_device_wants_it(cuda: bool, monkeypatch: pytes
     assert options.get("kv_cache_memory_bytes") == (None if cuda else int(1.5 * 2**30))
     assert options.get("enable_sleep_mode", False) == cuda
     assert options["enforce_eager"] == (not cuda)
+
+
+def test_the_cache_on_cpu_holds_a_step_s_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = make_tiny_qwen3(tmp_path / "model", num_layers=2, kv_heads=2, head_dim=32, with_tokenizer=False)
+    one = Config()
+    one.model.dtype, one.train.problems_per_step, one.rollout.samples_per_problem = "float32", 4, 2
+
+    def size(max_length: int) -> int:
+        return int(engine_options(model, one, max_length, read_weights=False)["kv_cache_memory_bytes"])
+
+    token = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, numbers, bytes
+    assert size(300) == 8 * (384 + 128) * token  # whole blocks of 128 tokens, and one more each
+    one.parallel.tensor = 2
+    assert size(300) == 8 * (384 + 128) * token // 2
+    one.data.eval = "problems.jsonl"  # an evaluation decodes as many as vLLM is let
+    assert size(300) == 256 * (384 + 128) * token // 2
+    assert size(10**5) == 2**30
+    assert size(10**7) > 10**7 * token // 2  # one sequence has to fit, however long
 
 
 def test_weights_and_log_probs_are_as_asked_for() -> None:
