@@ -78,7 +78,8 @@ launcher=$!
 # a signal of its own. A second SIGTERM is passed on to torchrun.
 # shellcheck disable=SC2329 # the trap calls it
 stop() {
-    trap 'kill -TERM "$launcher"' TERM
+    interrupted=1
+    trap 'interrupted=1; kill -TERM "$launcher"' TERM
     if ! command -v pkill >/dev/null; then
         echo "warning: no pkill here (package procps): torchrun gives the ranks 30 seconds" >&2
         kill -TERM "$launcher"
@@ -86,12 +87,12 @@ stop() {
     pkill -USR1 -P "$launcher" || true # none yet, or none any more
 }
 trap stop TERM USR1
-trap 'kill -INT "$launcher"' INT
-trap 'kill -HUP "$launcher"' HUP
-# A signal ends `wait` with a status above 128 while torchrun goes on.
-status=0
+trap 'interrupted=1; kill -INT "$launcher"' INT
+trap 'interrupted=1; kill -HUP "$launcher"' HUP
+# A signal ends `wait` with a status above 128 while torchrun goes on, or just as it ends: the next `wait` has torchrun's.
 while true; do
+    interrupted=0
     wait "$launcher" && status=0 || status=$?
-    kill -0 "$launcher" 2>/dev/null || break
+    ((interrupted)) || break
 done
 exit "$status"
