@@ -76,20 +76,26 @@ set -m
 launcher=$!
 # Told to stop, the ranks save after the step they are in. They are told past torchrun, which kills them 30 seconds after
 # a signal of its own. A second SIGTERM is passed on to torchrun.
-# shellcheck disable=SC2329 # the trap calls it
+# shellcheck disable=SC2329 # the traps call both
+tell() {
+    interrupted=1
+    kill "-$1" "$launcher" 2>/dev/null || true # torchrun may have ended just now
+}
+# shellcheck disable=SC2329
 stop() {
     interrupted=1
-    trap 'interrupted=1; kill -TERM "$launcher"' TERM
+    trap 'tell TERM' TERM
     if ! command -v pkill >/dev/null; then
         echo "warning: no pkill here (package procps): torchrun gives the ranks 30 seconds" >&2
-        kill -TERM "$launcher"
+        tell TERM
     fi
     pkill -USR1 -P "$launcher" || true # none yet, or none any more
 }
 trap stop TERM USR1
-trap 'interrupted=1; kill -INT "$launcher"' INT
-trap 'interrupted=1; kill -HUP "$launcher"' HUP
-# A signal ends `wait` with a status above 128 while torchrun goes on, or just as it ends: the next `wait` has torchrun's.
+trap 'tell INT' INT
+trap 'tell HUP' HUP
+# A signal ends `wait` with a status above 128 while torchrun goes on. Just as torchrun ends, bash may lose its status
+# (5.2 says 255).
 while true; do
     interrupted=0
     wait "$launcher" && status=0 || status=$?

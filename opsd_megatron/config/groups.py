@@ -210,7 +210,7 @@ class RolloutConfig:
         samples_per_problem: Responses drawn for each problem.
         memory_fraction: Share of device memory the engine may take (CUDA only).
         kv_cache_gib: Size of the key/value cache on CPU, in GiB a rank; ``None``: room for a step's responses at full
-            length, up to 1 GiB.
+            length, with an evaluation for 256 sequences; up to 1 GiB, or what a single sequence takes if that is more.
         enforce_eager: Skip the engine's graph capture and compilation (CUDA only; on CPU it is always skipped).
         max_log_prob_gap: Stop the run, before the update, where the engine's log-probs of the step's responses differ
             from the trainer's by more than this on average; ``None`` only logs it. The default lets any precision

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from opsd_megatron.errors import ConfigError
 
 # The linear layers that can be adapted, as Hugging Face and PEFT call them.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MLP_PROJECTIONS = frozenset(PROJECTIONS[4:])
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP_PROJECTIONS)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LoraConfig:
     @property
     def adapts_mlps(self) -> bool:
         """Whether any projection of MLPs, and so of experts, is adapted."""
-        return self.rank > 0 and not MLP_PROJECTIONS.isdisjoint(self.targets)
+        return self.rank > 0 and any(name in MLP_PROJECTIONS for name in self.targets)
 
     def resolved(self) -> LoraConfig:
         """The same adapters in the one form that all who mean them have: alpha in full, targets in PEFT's order."""

@@ -225,6 +225,28 @@ def test_a_slurm_job_near_its_time_limit_stops_its_ranks_and_is_queued_again(tmp
     assert log.read_text().splitlines() == ["ready", "saved", "scontrol requeue 123456"]
 
 
+def test_a_slurm_job_whose_ranks_end_as_the_signal_comes_is_queued_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    stand_in(
+        tmp_path,
+        {
+            "scontrol": f'[[ $1 == show ]] && echo gpu07 || echo "scontrol $*" >> {log}',
+            # The signal and srun's end reach the script together.
+            "srun": "trap '' USR1; sleep 0.5; kill -USR1 $PPID; exit 75",
+        },
+    )
+    finished = run_script(
+        "slurm.sbatch",
+        PATH=f"{tmp_path}:{environment()['PATH']}",
+        SLURM_JOB_NODELIST="gpu07",
+        SLURM_NNODES="1",
+        SLURM_JOB_ID="123456",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    assert finished.returncode != 0
+    assert log.read_text().splitlines() == ["scontrol requeue 123456"]
+
+
 def test_slurm_script_outside_a_job_is_an_error() -> None:
     finished = run_script("slurm.sbatch")
     assert finished.returncode == 2

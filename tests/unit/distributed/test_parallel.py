@@ -78,7 +78,7 @@ def _two_ranks() -> None:
     rank = dist.get_rank()
     assert (dims.dp, dims.dp_rank, dims.tp, dims.is_first_stage, dims.is_last_stage) == (2, rank, 1, True, True)
     dims.destroy()
-    # The default group was there before the mesh; of the mesh's own nothing is left, threads and connections included.
+    # The default group was there before the mesh, and torch holds none of the mesh's own any more.
     assert list(dist.distributed_c10d._world.pg_map) == [dist.group.WORLD]
 
     dims = ParallelDims.initialize(ParallelConfig(tensor=2))

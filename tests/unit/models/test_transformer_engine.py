@@ -145,7 +145,7 @@ def build(
             missing = [name for place in missing_parameters(chunks, spec, dims) for name in place.hf_names]
             if lora_rank:
                 add_adapters(chunks, config.lora, seed=0)
-            adapters = [name for name, _ in chunks[0].named_parameters() if id(_) not in names]
+            adapters = [name for name, added in chunks[0].named_parameters() if id(added) not in names]
             outcome.append((found, missing, adapters))
     return outcome
 
