@@ -1,8 +1,9 @@
 """The loss against what everyone writes: ``python benchmarks/loss.py [--hidden 1024 ...] [--rows 256 1024 4096 ...]``.
 
 One forward and backward pass of the clipped Jensen-Shannon divergence from hidden states, at Qwen3's vocabulary, on one
-rank. The dense version keeps the logits and lets autograd do the rest. Where `liger-kernel` is installed (it is no
-requirement: `pip install --no-deps liger-kernel`) its fused linear JSD runs too, without a clip, which it does not
+rank. Ours leaves the head's gradient where a training run has it, in a `main_grad` that is there already and is set to
+zero first. The dense version keeps the logits and lets autograd do the rest. Where `liger-kernel` is installed (it is
+no requirement: `pip install --no-deps liger-kernel`) its fused linear JSD runs too, without a clip, which it does not
 have: its Triton kernels on CUDA, its chunked torch version on CPU. Runs are interleaved; times are medians and mean
 something as ratios within one run only. Memory is the peak above the inputs and the gradients that are handed out. The
 machine's own matrix-product rate is measured between the runs, on the products that the loss needs: two of logits and
@@ -21,7 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # As the trainer has it (opsd_megatron.train.exit_status): large tensors on the host get huge pages. torch reads this
@@ -77,12 +78,22 @@ class Inputs:
 
     @property
     def gradient_bytes(self) -> int:
-        """Size of the gradients that a run hands out."""
-        return self.student_hidden.nbytes + self.student_head.nbytes
+        """Size of the gradients that a run hands out; a `main_grad` is there before."""
+        of_head = 0 if hasattr(self.student_head, "main_grad") else self.student_head.nbytes
+        return self.student_hidden.nbytes + of_head
+
+
+def with_main_grad(inputs: Inputs) -> Inputs:
+    """The same inputs whose head has the gradient buffer that Megatron-Core gives it, in float32."""
+    head = inputs.student_head.detach().requires_grad_()
+    head.main_grad = torch.zeros_like(head, dtype=torch.float32)
+    head.unit_upstream = True
+    return replace(inputs, student_head=head)
 
 
 def ours(inputs: Inputs) -> Tensor:
     """This package's loss."""
+    inputs.student_head.main_grad.zero_()
     return linear_divergence(
         inputs.student_hidden, inputs.student_head, inputs.teacher_hidden, inputs.teacher_head, beta=BETA, clip=CLIP
     ).sum()
@@ -237,9 +248,10 @@ def run(hidden: int, rows: int, repeats: int, dtype: torch.dtype, device: torch.
     fits = DENSE_TENSORS * rows * VOCAB * 4 < _free_bytes(device)
     versions = {"ours": ours, "dense": dense if fits else None, "liger": liger_peer(device.type == "cuda")}
     costs: dict[str, list[Cost]] = {name: [] for name, version in versions.items() if version is not None}
+    given = {name: with_main_grad(inputs) if name == "ours" else inputs for name in costs}
     products: list[float] = []
     for turn in range(repeats + 1):
-        measured = {name: meter.measure(version, inputs) for name, version in versions.items() if version is not None}
+        measured = {name: meter.measure(versions[name], its) for name, its in given.items()}
         if turn:  # the first turn warms up
             for name, cost in measured.items():
                 costs[name].append(cost)

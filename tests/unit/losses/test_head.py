@@ -48,6 +48,17 @@ def test_every_product_fits_where_it_is_written(dtype: torch.dtype) -> None:
         assert (gradient.shape, gradient.dtype, gradient.device) == (leaf.shape, dtype, META)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(191, 2000), (192, 960), (256, 2000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_of_many_rows_come_in_parts(rows: int, columns: int, dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(rows, 32, dtype=dtype), torch.randn(2048, 32, dtype=dtype)
+    head = Head(weight, VocabShard.of(2048, columns, None))
+    buffer = head.buffer(rows).fill_(float("nan"))
+    logits = head.logits(hidden, buffer)
+    torch.testing.assert_close(logits, hidden @ weight[:columns].t())
+    assert logits.data_ptr() == buffer.data_ptr()
+
+
 def test_half_precision_products_end_in_float32() -> None:
     """Each is handed half-precision factors, as CUDA demands where the result is wider, and rounded once, later."""
     shard = VocabShard.of(WIDTH, COLUMNS, None)
