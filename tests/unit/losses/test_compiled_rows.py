@@ -99,21 +99,40 @@ def test_what_is_no_number_is_reported_through_compiled_kernels(side: str, value
 @needs_compiler
 def test_sums_over_many_columns_are_as_exact_as_uncompiled_ones() -> None:
     spec = DivergenceSpec(0.5, clip=0.05)
-    columns, generator = 100_003, torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 3, columns, generator=generator).unbind()
-    shard = mock.Mock(pick=None)
-
-    def sums(kernels: RowKernels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        rows = compiled_rows.CompiledRows(student.to(dtype), teacher.to(dtype), kernels, shard, None)
-        statistics = rows.statistics()
-        normaliser = statistics[:4].clone()
-        normaliser[1::2].log_()
-        return statistics[:7], rows.sums(normaliser)
-
-    exact = sums(plain_kernels(spec), torch.float64)
-    found = sums(compiled_kernels(spec), torch.float32)
+    student, teacher = torch.randn(2, 3, 100_003, generator=torch.Generator().manual_seed(0)).unbind()
+    exact = statistics_and_sums(plain_kernels(spec), student.double(), teacher.double())
+    found = statistics_and_sums(compiled_kernels(spec), student, teacher)
     for one, other in zip(found, exact, strict=True):
         assert ((one - other).abs() <= 1e-6 * other.abs() + 1e-9).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_the_divergence_of_nearly_equal_sides_is_as_exact_as_uncompiled(beta: float) -> None:
+    """It is of the order of the difference squared: what rounds at the order of the difference leaves nothing of it."""
+    spec = DivergenceSpec(beta)
+    student, noise = torch.randn(2, 5, 20_001, generator=torch.Generator().manual_seed(0)).unbind()
+    for difference, tolerance in ((1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)):
+        teacher = student + difference * noise
+        exact, found, plain_found = (
+            statistics_and_sums(kernels(spec), student.to(dtype), teacher.to(dtype))[1][0].double()
+            for kernels, dtype in (
+                (plain_kernels, torch.float64),
+                (compiled_kernels, torch.float32),
+                (plain_kernels, torch.float32),
+            )
+        )
+        assert ((plain_found - exact).abs() <= tolerance * exact).all()
+        assert ((found - exact).abs() <= tolerance * exact).all()
+
+
+def statistics_and_sums(kernels: RowKernels, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The first seven statistics and the nine sums of rows that one rank has whole."""
+    rows = compiled_rows.CompiledRows(student, teacher, kernels, mock.Mock(pick=None), None)
+    statistics = rows.statistics()
+    normaliser = statistics[:4].clone()
+    normaliser[1::2].log_()
+    return statistics[:7], rows.sums(normaliser)
 
 
 class TestChoice:
