@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from opsd_megatron.errors import CheckpointError
+from opsd_megatron.errors import CheckpointError, OpsdError
 
 Box = tuple[int, ...]
 T = TypeVar("T")
@@ -88,6 +88,8 @@ def write_chunks(folder: Path, chunks: Iterable[Chunk]) -> None:
             torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, OpsdError):  # what it was raised upon is no trouble of this disk
+            raise cause from error
         raise disk_error(cause) or cause from error
     save_common({}, folder)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))

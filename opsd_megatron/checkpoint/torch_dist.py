@@ -40,8 +40,13 @@ from opsd_megatron.distributed.collectives import broadcast_object
 from opsd_megatron.errors import CheckpointError, OpsdError
 
 # "fully_reshardable" stores the distributed optimizer's state by parameter, in the parameter's own shape and sharding,
-# rather than by the buffers of one particular mesh.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# rather than by the buffers of one particular mesh. For that a save has to gather it: over gloo onto the one rank that
+# writes it, and not, as Megatron-Core does by default, over NCCL onto every rank, through its device.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 _READ_ERRORS = (CheckpointException, CheckpointingException, OSError, EOFError, KeyError, ValueError, RuntimeError)
 
@@ -182,7 +187,9 @@ def _initialise(part: Any) -> None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 zeros = torch.zeros_like(parameter.data)
-                inner.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                # Where torch's own has it: its fused update reads the step on the device.
+                step = torch.zeros((), dtype=torch.float32, device=zeros.device if group["fused"] else "cpu")
+                inner.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     else:
         part.init_state_fn(inner, part.config)
 

@@ -128,6 +128,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.keep": (1, None),
 }
 # key -> (above, up to): the lower bound itself is excluded.
+# As losses.divergences.LEAST_BETA, which is not imported before torch is needed.
+_LEAST_BETA = 1e-4
 _OPEN_RANGES: dict[str, tuple[float, float | None]] = {
     "objective.clip": (0, None),
     "objective.position_width": (0, None),
@@ -166,10 +168,10 @@ def _check_ranges(config: Config) -> None:
             bounds = f"above {above}" + ("" if up_to is None else f" and at most {up_to}")
             raise ConfigError(f"{key}={value} must be {bounds}")
     beta = config.objective.beta
-    if 0 < min(beta, 1 - beta) < 1e-6:
+    if 0 < min(beta, 1 - beta) < _LEAST_BETA * (1 - 1e-9):
         raise ConfigError(
-            f"objective.beta={beta} is neither 0 nor 1 but so near that the divergence vanishes; use 0 for forward KL "
-            "and 1 for reverse KL"
+            f"objective.beta={beta} is neither 0 nor 1 but nearer than {_LEAST_BETA:g}, where the divergence vanishes; "
+            "use 0 for forward KL and 1 for reverse KL"
         )
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= config.get(key) < 1:

@@ -47,6 +47,11 @@ class RowLoss(Protocol):
         """How many diagnostics a row has."""
         ...
 
+    @property
+    def temporaries(self) -> int:
+        """How many tensors of a whole chunk's size an evaluation may make beside the logits."""
+        ...
+
     def evaluate(
         self, student: Tensor, teacher: Tensor | None, rows: slice, weights: Tensor | None, *, with_gradient: bool
     ) -> Steps[RowResults]:
@@ -157,13 +162,14 @@ def _run(
     assert student_hidden is not None and student_weight is not None
     if student_hidden.device.type == "cpu":
         keep_small_blocks_mapped()
-    chunks = row_chunks(student_hidden.shape[0], loss.shard, options.chunk_rows, student_hidden.device)
+    num_rows, device = student_hidden.shape[0], student_hidden.device
+    chunks = row_chunks(num_rows, loss.shard, options.chunk_rows, device, temporaries=loss.temporaries)
     if not chunks:
         return RowResults.of_no_rows(student_hidden, loss.diagnostic_rows)
     largest = chunks[0].stop
     student_head = Head(student_weight, loss.shard)
     teacher_head = None if teacher_weight is None else Head(teacher_weight, loss.shard)
-    in_flight = 1 if loss.shard.group is None else 2
+    in_flight = 1 if loss.shard.group is None else min(2, len(chunks))
     student_buffers = [student_head.buffer(largest) for _ in range(in_flight)]
     teacher_buffers = [
         student_buffers[0] if teacher_head is None else teacher_head.buffer(largest) for _ in range(in_flight)

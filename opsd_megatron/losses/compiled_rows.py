@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,8 +56,7 @@ def kernels_for(student: Tensor, spec: DivergenceSpec) -> RowKernels | None:
 @cache
 def compiled_kernels(spec: DivergenceSpec) -> RowKernels:
     """The kernels of ``spec``, compiled at their first call for any number of rows above one."""
-    # Kept apart from those of other divergences: torch gives up on a function that it has compiled too often.
-    return RowKernels.of(spec, partial(torch.compile, isolate_recompiles=True))
+    return RowKernels.of(spec, _compile)
 
 
 class CompiledRows:
@@ -153,6 +152,12 @@ def _sum(values: Tensor) -> Tensor:
     return values.sum(1, dtype=torch.float64).to(values.dtype)
 
 
+def _compile(function: RowKernel) -> RowKernel:
+    # Kept apart from others of the same code: torch gives up on a function that it has compiled too often.
+    compiled: RowKernel = torch.compile(function, isolate_recompiles=True)  # type: ignore[call-overload]
+    return compiled
+
+
 def _bind(function: Callable[..., Any], spec: DivergenceSpec) -> RowKernel:
     return lambda *tensors: function(spec, *tensors)
 
@@ -169,7 +174,7 @@ def _compiles() -> bool:
     if "1" in (os.environ.get("TORCH_COMPILE_DISABLE"), os.environ.get("TORCHDYNAMO_DISABLE")):
         return False
     try:
-        probe: RowKernel = torch.compile(_one_if_compiled)
+        probe = _compile(_one_if_compiled)
         problem = "" if bool((probe(torch.zeros(2, 16)) == 1).all()) else "torch.compile does nothing in this process"
     except Exception as error:  # whatever a compiler, its headers or its cache directory may lack
         problem = (str(error).splitlines() or [type(error).__name__])[0]

@@ -248,10 +248,21 @@ def _narrow_products(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def row_chunks(num_rows: int, shard: VocabShard, chunk_rows: int | None, device: torch.device) -> list[slice]:
-    """Slices that cover ``num_rows`` rows; the same on every rank of the shard's group."""
+def row_chunks(
+    num_rows: int, shard: VocabShard, chunk_rows: int | None, device: torch.device, *, temporaries: int = 0
+) -> list[slice]:
+    """Slices that cover ``num_rows`` rows; the same on every rank of the shard's group.
+
+    Args:
+        num_rows: How many there are.
+        shard: Which columns this rank holds.
+        chunk_rows: Rows of a chunk; ``None``: as many as keep the matrix products at full speed.
+        device: Where the rows are.
+        temporaries: Tensors of a chunk's size that are made beside up to four of logits; chunks are the smaller for it.
+    """
     if chunk_rows is None:
         elements, tile = (_CHUNK_ELEMENTS_ON_CPU, 1) if device.type == "cpu" else (_CHUNK_ELEMENTS, _TILE_ROWS)
+        elements = elements * 4 // (4 + temporaries)
         chunk_rows = max(elements // shard.width // tile, 1) * tile
         # Chunks of like size: a short last one costs as much to set up and multiplies more slowly.
         chunks = max(-(-num_rows // chunk_rows), 1)

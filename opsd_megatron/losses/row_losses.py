@@ -57,6 +57,16 @@ class DivergenceLoss:
         """See :class:`Diagnostics`."""
         return Diagnostics.WITHOUT_TARGETS if self.target_ids is None else Diagnostics.WITH_TARGETS
 
+    @property
+    def temporaries(self) -> int:
+        """See :class:`~opsd_megatron.losses.chunked.RowLoss`."""
+        # On a support: both probabilities, the log-ratio and a product, as the diagnostics are taken.
+        return 4 if self._on_support else 0
+
+    @property
+    def _on_support(self) -> bool:
+        return self.support is not None and self.support.k < self.shard.vocab_size
+
     def evaluate(
         self, student: Tensor, teacher: Tensor | None, rows: slice, weights: Tensor | None, *, with_gradient: bool
     ) -> Steps[RowResults]:
@@ -65,8 +75,7 @@ class DivergenceLoss:
         targets = None if self.target_ids is None else self.target_ids[rows]
         weights = None if weights is None else weights[rows]
         extras = self.extras.of(rows)
-        on_support = self.support is not None and self.support.k < self.shard.vocab_size
-        if not on_support and kernels_for(student, self.spec) is not None:
+        if not self._on_support and kernels_for(student, self.spec) is not None:
             blocks = [slice(0, student.shape[0])]
         else:
             blocks = row_blocks(student.shape[0], self.shard, student.device)
@@ -77,7 +86,7 @@ class DivergenceLoss:
             rows = slice(group[0].start, group[-1].stop)
             own_targets = None if targets is None else targets[rows]
             own_weights = None if weights is None else weights[rows]
-            if on_support:
+            if self._on_support:
                 assert self.support is not None
                 steps = topk_rows(
                     student[rows],
@@ -139,6 +148,11 @@ class TargetLoss:
     def diagnostic_rows(self) -> int:
         """See :class:`~opsd_megatron.losses.chunked.RowLoss`."""
         return 4
+
+    @property
+    def temporaries(self) -> int:
+        """See :class:`~opsd_megatron.losses.chunked.RowLoss`: the exponentials."""
+        return 1
 
     def evaluate(
         self, student: Tensor, teacher: Tensor | None, rows: slice, weights: Tensor | None, *, with_gradient: bool

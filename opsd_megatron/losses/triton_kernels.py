@@ -33,8 +33,11 @@ _LOWEST = tl.constexpr(float(torch.finfo(torch.float32).min))
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` with a type, which triton does not give it."""
-    return triton.jit(function)
+    """``triton.jit`` with a type, which triton does not give it.
+
+    The number of rows only strides single numbers: not worth a compilation each for 1, multiples of 16 and others.
+    """
+    return triton.jit(function, do_not_specialize=["rows"])
 
 
 # --- The maths of one block of entries, shared by the kernels. ---

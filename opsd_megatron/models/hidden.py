@@ -14,7 +14,9 @@ def response_hidden(output: Tensor, rows: Tensor, dims: ParallelDims) -> Tensor:
 
     Under sequence parallelism only the selected rows travel: gathered forward, reduce-scattered backward. Backward
     therefore wants each rank's own part of their gradient, not the sum (``reduce_hidden_grad=False`` of the losses):
-    summed there already, it would count tp times, and two collectives would do the work of one.
+    summed there already, it would count tp times, and two collectives would do the work of one. Where there is a
+    gradient, rows travel in float32 at least: the ranks' parts of it cancel in good part, and are not to be rounded
+    before they are summed.
 
     Ranks: every rank of a tensor-parallel group on the last pipeline stage.
 
@@ -24,7 +26,7 @@ def response_hidden(output: Tensor, rows: Tensor, dims: ParallelDims) -> Tensor:
         dims: The mesh.
 
     Returns:
-        ``[R, H]``, replicated over tp.
+        ``[R, H]``, replicated over tp; under sequence parallelism in float32 at least where it takes a gradient.
     """
     output = output[:, 0]
     if not dims.sequence_parallel or len(rows) == 0:
@@ -38,5 +40,7 @@ def response_hidden(output: Tensor, rows: Tensor, dims: ParallelDims) -> Tensor:
     longest = int(counts.max())
     own = rows[owner == dims.tp_rank] % output.shape[0]
     sent = torch.nn.functional.pad(output.index_select(0, own), (0, 0, 0, longest - len(own)))
+    if sent.requires_grad:
+        sent = sent.to(torch.promote_types(sent.dtype, torch.float32))
     gathered = gather_from_sequence_parallel_region(sent, tensor_parallel_output_grad=True, group=dims.tp_group)
     return gathered.index_select(0, owner * longest + place)

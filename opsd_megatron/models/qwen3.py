@@ -176,10 +176,19 @@ def check_mesh(spec: Qwen3Spec, config: Config) -> None:
     if length is not None and length > spec.max_positions:
         raise ConfigError(
             f"model.max_length={length} is above the model's max_position_embeddings; use at most {spec.max_positions}"
+            + _yarn_reach(spec)
         )
     _check_experts(spec, config)
     if config.needs_engine:
         _check_engine(spec, config)
+
+
+def _yarn_reach(spec: Qwen3Spec) -> str:
+    """Where YaRN reaches further than ``max_position_embeddings`` says, what to set that to."""
+    reach = 0 if spec.yarn is None else int(spec.yarn.factor * spec.yarn.original_positions)
+    if reach <= spec.max_positions:
+        return ""
+    return f", or raise max_position_embeddings in its config.json to {reach}, which its rope_scaling is made for"
 
 
 def check_sizes(spec: Qwen3Spec, config: Config) -> None:

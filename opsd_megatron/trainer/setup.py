@@ -14,6 +14,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from opsd_megatron.checkpoint.claim import claim_output_dir
 from opsd_megatron.checkpoint.compatibility import check_checkpoint
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
 from opsd_megatron.checkpoint.output_dir import agreed_checkpoint, check_output_dir
@@ -198,6 +199,7 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
     backend = choose_backend(config.model.backend, dtype=config.model.dtype, on_cuda=torch.cuda.is_available())
     _check_stored_adapters(config, inputs.spec, backend)
     dims = ParallelDims.initialize(config.parallel)
+    claim = claim_output_dir(Path(config.output_dir))
     seed_everything(config.train.seed, dims)
     # The engine first: it sizes its cache by the free device memory, then sleeps while the trainer moves in.
     engine = _start_engine(config, inputs, dims)
@@ -240,6 +242,7 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
         judge=Judge(inputs.tokenizer, config.evaluation.judge_seconds) if config.needs_verdicts else None,
         reporter=_reporter(config, inputs, dims, completed),
         identity=inputs.identity,
+        claim=claim,
         completed=completed,
     )
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from opsd_megatron.checkpoint.claim import OutputClaim
 from opsd_megatron.checkpoint.output_dir import prune_checkpoints
 from opsd_megatron.checkpoint.state import TrainerState, save_checkpoint
 from opsd_megatron.config import Config
@@ -81,6 +82,7 @@ class Trainer:
         judge: Judges training rollouts; ``None`` where nobody asks.
         reporter: Writes metrics and shows progress.
         identity: What tells this run's checkpoints from another's.
+        claim: Keeps other jobs out of ``output_dir`` while this one runs.
         completed: Optimizer steps done so far.
         engine_version: Optimizer steps behind the engine's weights; -1 while it has none of the trainer's.
         interruption: Whether this rank was told to stop.
@@ -102,6 +104,7 @@ class Trainer:
     judge: Judge | None
     reporter: StepReporter
     identity: dict[str, Any]
+    claim: OutputClaim
     completed: int = 0
     engine_version: int = -1
     interruption: Interruption = field(default_factory=Interruption)
@@ -126,6 +129,7 @@ class Trainer:
         self.reporter.close()
         if self.engine is not None:
             self.engine.close()
+        self.claim.release()
         if told is not None:
             raise Interrupted(told.name)
 

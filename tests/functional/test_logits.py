@@ -75,6 +75,8 @@ class Mesh:
         if self == Mesh():
             return list(MODELS)
         dense = ["tied", "untied"] if self.ep == 1 and self.etp is None else []
+        # Megatron-Core cuts YaRN's angles over context ranks in a place of its own.
+        dense += ["yarn"] * (self.cp > 1 and self.ep == 1)
         return dense + (["moe", "mixed"] if self.tp == 1 or self.sequence else [])
 
 

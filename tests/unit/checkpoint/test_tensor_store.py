@@ -175,8 +175,12 @@ def test_errors_of_reading_and_writing_come_out_as_they_are(tmp_path: Path) -> N
     def broken() -> Tensor:
         raise CheckpointError("this one")
 
-    with pytest.raises(CheckpointError, match="this one"):
-        write_chunks(tmp_path, [Chunk("a", (1,), torch.float32, (0,), (1,), broken)])
+    def unreadable() -> Tensor:
+        raise CheckpointError("this one") from OSError(errno.EIO, "Input/output error")
+
+    for read in (broken, unreadable):
+        with pytest.raises(CheckpointError, match="this one"):
+            write_chunks(tmp_path, [Chunk("a", (1,), torch.float32, (0,), (1,), read)])
     assert run_distributed(write_beyond_the_limit, 1, tmp_path) == [errno.EFBIG]
 
 

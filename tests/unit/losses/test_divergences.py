@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsd_megatron.config import rules
 from opsd_megatron.losses import ClipMode
-from opsd_megatron.losses.divergences import LOG_ZERO, DivergenceSpec, divergence_entries
+from opsd_megatron.losses.divergences import LEAST_BETA, LOG_ZERO, DivergenceSpec, divergence_entries
 from tests.unit.losses.reference import BETAS, Case, entries
 
 
@@ -50,7 +51,7 @@ def test_bregman_terms_are_not_negative_and_have_the_same_sum(beta: float) -> No
 
 
 @pytest.mark.parametrize("mode", ["entry", "bregman", "none"])
-@pytest.mark.parametrize("beta", [*BETAS, 1e-6, 1 - 1e-6])
+@pytest.mark.parametrize("beta", [*BETAS, LEAST_BETA, 1 - LEAST_BETA])
 def test_equal_sides_give_exact_zeros(beta: float, mode: str) -> None:
     s, _ = _log_probs(torch.float32)
     actual = divergence_entries(s, s.clone(), DivergenceSpec(beta, clip=1e-6, clip_mode=mode))  # type: ignore[arg-type]
@@ -87,6 +88,28 @@ def test_nearly_equal_sides_keep_their_digits(beta: float) -> None:
     actual = divergence_entries(s, t, DivergenceSpec(beta, clip_mode="none")).slope
     expected = (1 - beta) * s.double().exp() * (s.double() - _log_mixture(s.double(), t.double(), beta))
     assert float(((actual.double() - expected) / expected).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_bregman_terms_of_nearly_equal_sides_keep_their_digits(beta: float) -> None:
+    """They are of the order of the difference squared, and never negative."""
+    s, t = _log_probs()
+    t = s + torch.where(t > t.median(), 1e-4, -1e-4)
+    s, t = s.float(), t.float()
+    spec = DivergenceSpec(beta, clip_mode="bregman")
+    actual = divergence_entries(s, t, spec).value
+    expected = divergence_entries(s.double(), t.double(), spec).value
+    assert actual.min() >= 0
+    assert float(((actual.double() - expected) / expected.clamp(min=1e-30)).abs().max()) < 1e-6
+
+
+def test_a_clip_without_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="clip=inf must be a finite number above 0"):
+        DivergenceSpec(0.5, clip=math.inf, clip_mode="rescale")
+
+
+def test_the_configuration_knows_the_least_beta() -> None:
+    assert rules._LEAST_BETA == LEAST_BETA
 
 
 def _log_mixture(s: Tensor, t: Tensor, beta: float) -> Tensor:

@@ -59,6 +59,12 @@ def test_logits_of_many_rows_come_in_parts(rows: int, columns: int, dtype: torch
     assert logits.data_ptr() == buffer.data_ptr()
 
 
+def test_chunks_leave_room_for_what_a_loss_makes_beside_the_logits() -> None:
+    shard = VocabShard.of(1 << 17, None, None)
+    sizes = [row_chunks(10_000, shard, None, torch.device("cuda"), temporaries=extra)[0].stop for extra in (0, 1, 4)]
+    assert sizes == [1024, 768, 512]  # 4 buffers of 512 MiB, 5 of at most 410, 8 of 256
+
+
 def test_half_precision_products_end_in_float32() -> None:
     """Each is handed half-precision factors, as CUDA demands where the result is wider, and rounded once, later."""
     shard = VocabShard.of(WIDTH, COLUMNS, None)

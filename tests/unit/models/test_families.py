@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from opsd_megatron.errors import ModelError
+from opsd_megatron.config import Config
+from opsd_megatron.errors import ConfigError, ModelError
 from opsd_megatron.models.families import FAMILIES, read_spec
-from opsd_megatron.models.qwen3 import Qwen3Spec
+from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
 from opsd_megatron.models.qwen3_moe import Qwen3MoeSpec
 from opsd_megatron.models.rope import Yarn
 from opsd_megatron.models.weight_map import hf_shapes
@@ -127,6 +128,18 @@ def test_yarn(changes: dict[str, Any], tmp_path: Path) -> None:
         truncate=True,
     )
     assert isinstance(spec, Qwen3Spec)
+
+
+def test_a_length_that_yarn_reaches_and_the_model_does_not_allow(tmp_path: Path) -> None:
+    """As the models' pages say to add it: ``rope_scaling`` alone."""
+    config = Config()
+    config.model.max_length = 65536
+    with pytest.raises(ConfigError) as failure:
+        check_mesh(read_spec(write_config(tmp_path, DENSE, rope_scaling=YARN)), config)
+    assert str(failure.value) == (
+        "model.max_length=65536 is above the model's max_position_embeddings; use at most 40960, or raise "
+        "max_position_embeddings in its config.json to 131072, which its rope_scaling is made for"
+    )
 
 
 def test_yarn_without_its_original_length_stretches_the_model_s(tmp_path: Path) -> None:
