@@ -23,6 +23,7 @@ from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
+from tests.functional.engine_weights import number_of_weights, part_of, weights_as_loaded
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 MAX_LENGTH = 128
@@ -151,16 +152,17 @@ SYNCS: dict[str, list[tuple[int, list[ParallelConfig]]]] = {
 }
 
 
-def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[bool]]:
-    """Whether an engine samples from the trainer's weights, on any mesh, what it does from the same ones on disk.
+def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[tuple[bool, list[str]]]]:
+    """Of every sync: whether the engine then samples what it does from the same weights on disk, and what it holds.
 
-    Between the two it has other weights. The first sync of each engine marks what it must not read.
+    The latter is the names of what differs from the published tensors in any bit, or is missing. Between the two the
+    engine has other weights. The first sync of each engine marks what it must not read.
     """
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.rollout.vllm_engine import VllmEngine
     from opsd_megatron.rollout.weight_sync import sync_weights
 
-    equal: dict[str, list[bool]] = {}
+    outcomes: dict[str, list[tuple[bool, list[str]]]] = {}
     for kind, (model, other) in models.items():
         for tensor, meshes in SYNCS[kind]:
             engine = VllmEngine.start(model, engine_config(model, tensor), max_length=MAX_LENGTH)
@@ -170,12 +172,26 @@ def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[bool]]
                 update_from(engine, other)
                 changed = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS) != expected
                 dims = ParallelDims.initialize(parallel)
-                sync_weights(engine, *megatron_model(model, dims, parallel), mark_rest=number == 0)
+                (held_by,) = engine._running.apply_model(lambda model: model)
+                with weights_as_loaded(held_by) as held:
+                    sync_weights(engine, *megatron_model(model, dims, parallel), mark_rest=number == 0)
                 synced = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+                wrong = differing(held, model, tensor)
                 dims.destroy()
-                equal.setdefault(f"{kind} {tensor}", []).append(changed and synced == expected)
+                outcomes.setdefault(f"{kind} {tensor}", []).append((changed and synced == expected, wrong))
             engine.close()
-    return equal
+    return outcomes
+
+
+def differing(held: dict[str, Tensor], path: Path, tensor: int) -> list[str]:
+    """Names of the engine's weights that are not, bit for bit, this rank's parts of the tensors of ``path``."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "model.safetensors")
+    rank = int(os.environ["RANK"]) % tensor
+    wrong = [name for name, weight in held.items() if not torch.equal(weight, part_of(tensors, name, tensor, rank))]
+    expected = number_of_weights(tensors)
+    return wrong if len(held) == expected else [*wrong, f"{len(held)} weights instead of {expected}"]
 
 
 def megatron_model(path: Path, dims: Any, parallel: ParallelConfig | None = None) -> tuple[Any, Any, Any]:
@@ -375,7 +391,8 @@ def test_sync_from_megatron_restores_the_engine_bit_for_bit(outcome: Outcome) ->
 
 
 def test_sync_from_any_mesh_into_an_engine_of_either_size(outcome: Outcome) -> None:
-    expected = {f"{kind} {tensor}": [True] * len(meshes) for kind, sizes in SYNCS.items() for tensor, meshes in sizes}
+    right = (True, [])
+    expected = {f"{kind} {tensor}": [right] * len(meshes) for kind, sizes in SYNCS.items() for tensor, meshes in sizes}
     assert [rank["syncs"] for rank in outcome.ranks] == [expected] * 2
 
 
