@@ -12,6 +12,7 @@ from signal import Signals
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from opsd_megatron.checkpoint.claim import OutputClaim
 from opsd_megatron.checkpoint.output_dir import prune_checkpoints
@@ -285,6 +286,9 @@ class Trainer:
         if self.config.train.offload:
             with timer("offload"):
                 self.trainable.offload()
+        if torch.cuda.is_available():
+            # The engine allocates beside PyTorch's allocator and cannot have what that has cached.
+            torch.cuda.empty_cache()
         self._sync(self.engine, timer)
         with timer(phase):
             self.engine.wake_up()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from opsd_megatron.checkpoint import output_dir, state, torch_dist
 from opsd_megatron.checkpoint.atomic import is_leftover
@@ -55,6 +57,23 @@ def travel(source: Path, root: Path, meshes: list[Mesh]) -> list[bool]:
             run.save(root / f"step_{number}")
             outcome.append(equal(run.exported(), weights) and equal(stored(root / f"step_{number}"), tensors))
     return outcome
+
+
+def numbers_to_save(source: Path) -> tuple[int, int]:
+    """How many numbers of the weights and of Adam's state this rank has at hand for a save."""
+    with run_on(Mesh(), source) as run:
+        model = torch_dist.model_state(run.trainable.chunks)
+        optimizer = torch_dist.optimizer_state(run.trainable.optimizer, model, is_loading=False)
+        return tuple(  # type: ignore[return-value]
+            sum(one.data.numel() for one in nested_values(tree) if isinstance(one, ShardedTensor))
+            for tree in (model, optimizer)
+        )
+
+
+def test_one_rank_of_those_that_share_adam_s_state_gathers_it(tied: Path) -> None:
+    (weights, first), (_, second) = run_distributed(numbers_to_save, 2, tied)
+    assert first >= 3 * weights  # float32 weights and two moments
+    assert second < weights / 10
 
 
 def test_weights_and_optimizer_state_over_four_ranks(untied: Path, tmp_path: Path) -> None:
