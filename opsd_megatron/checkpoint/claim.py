@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from opsd_megatron.checkpoint.torch_dist import on_rank_zero
-from opsd_megatron.distributed.collectives import gather_objects
+from opsd_megatron.distributed.collectives import broadcast_object, gather_objects
 from opsd_megatron.errors import CheckpointError
 
 _LOCK = ".lock"
@@ -41,9 +41,12 @@ def claim_output_dir(output_dir: Path) -> OutputClaim:
             there; raised on every rank.
     """
     held: list[TextIO] = []
-    path = output_dir / _LOCK
-    token = on_rank_zero(_lock, path, held)
-    seen = gather_objects(_read(path) == token)
+    # A new name every time: no network file system has an answer in its cache.
+    mark = output_dir / f"{_LOCK}-{broadcast_object(uuid.uuid4().hex)}"
+    on_rank_zero(_lock, output_dir / _LOCK, mark, held)
+    seen = gather_objects(mark.exists())
+    if held:
+        mark.unlink(missing_ok=True)
     if not all(seen):
         raise CheckpointError(
             f"rank {seen.index(False)} does not see what rank 0 writes to output_dir={output_dir}: it must be on a "
@@ -52,33 +55,24 @@ def claim_output_dir(output_dir: Path) -> OutputClaim:
     return OutputClaim(held[0] if held else None)
 
 
-def _lock(path: Path, held: list[TextIO]) -> str:
-    """Lock the file and say in it who has it; returns that."""
+def _lock(path: Path, mark: Path, held: list[TextIO]) -> None:
+    """Lock the file, say in it who has it, and make the ``mark`` that all ranks are to see."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
+        held.append(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"output_dir={path.parent} is in use by {path.read_text(encoding='utf-8') or 'another process'}: wait "
+                "for its end, or choose another"
+            ) from error
+        except OSError:  # there are no locks here
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        mark.touch()
     except OSError as error:
         raise CheckpointError(f"output_dir={path.parent} cannot be written: {error}; choose another") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        holder = _read(path).partition(",")[0]
-        raise CheckpointError(
-            f"output_dir={path.parent} is in use by {holder}: wait for its end, or choose another"
-        ) from error
-    except OSError:  # there are no locks here
-        pass
-    token = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4()}"
-    file.truncate(0)
-    file.write(token)
-    file.flush()
-    held.append(file)
-    return token
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

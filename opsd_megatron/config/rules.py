@@ -127,9 +127,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.every": (0, None),
     "checkpoint.keep": (1, None),
 }
-# key -> (above, up to): the lower bound itself is excluded.
 # As losses.divergences.LEAST_BETA, which is not imported before torch is needed.
 _LEAST_BETA = 1e-4
+# key -> (above, up to): the lower bound itself is excluded.
 _OPEN_RANGES: dict[str, tuple[float, float | None]] = {
     "objective.clip": (0, None),
     "objective.position_width": (0, None),

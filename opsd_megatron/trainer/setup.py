@@ -199,10 +199,11 @@ def build_trainer(config: Config, inputs: Inputs) -> Trainer:
     backend = choose_backend(config.model.backend, dtype=config.model.dtype, on_cuda=torch.cuda.is_available())
     _check_stored_adapters(config, inputs.spec, backend)
     dims = ParallelDims.initialize(config.parallel)
-    claim = claim_output_dir(Path(config.output_dir))
     seed_everything(config.train.seed, dims)
     # The engine first: it sizes its cache by the free device memory, then sleeps while the trainer moves in.
     engine = _start_engine(config, inputs, dims)
+    # Not before: where the engine cannot start, nothing has been made.
+    claim = claim_output_dir(Path(config.output_dir))
     model = _initial_model(config, inputs, dims)
     if config.lora.rank:
         add_adapters(model, config.lora, seed=config.train.seed)
