@@ -3,6 +3,10 @@
 Step by step every elementwise operation reads and writes memory; fused, each of the three passes reads the logits once,
 and only the last one writes. That needs a C++ compiler, and a while of compiling where no earlier process has left the
 kernels in torch's cache. Without a compiler :class:`TorchRows` does the same.
+
+A row goes through the kernels in pieces, as if each were a row: short enough that the first pass, which goes over a
+piece twice, finds it in the cache, and that its sums lose nothing in float32. Compiled for CPU a sum in float64 takes
+longer than an exponential, since every conversion goes through memory.
 """
 
 from __future__ import annotations
@@ -19,11 +23,22 @@ from torch import Tensor
 
 from opsd_megatron.losses.divergences import LOG_ZERO, DivergenceSpec, Entries, divergence_entries
 from opsd_megatron.losses.shard import VocabShard
+from opsd_megatron.losses.statistics import HELD, STUDENT_MAX, STUDENT_TARGET, TEACHER_MAX, TEACHER_TARGET, merge
 from opsd_megatron.losses.torch_rows import row_centre, row_max
 
 _LOG = logging.getLogger(__name__)
 # Of fewer columns a chunk stays in the cache either way, and small models should not wait for a compiler.
 _LEAST_COLUMNS = 1 << 14
+# Columns of a piece of a row, where the number of columns has a divisor between these; else a piece is a whole row.
+_PIECE = range(256, 2049)
+# Logits of a side that go through all passes together on one rank: 10 MB, which later passes find in the cache.
+BLOCK_ELEMENTS = 5 << 19
+# A product and a sum may become one operation. However long an expression is, nothing of it is left in memory.
+_OPTIONS = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "realize_opcount_threshold": 1 << 20,
+    "realize_reads_threshold": 1 << 20,
+}
 
 RowKernel = Callable[..., Any]
 
@@ -45,10 +60,12 @@ class RowKernels:
 def kernels_for(student: Tensor, spec: DivergenceSpec) -> RowKernels | None:
     """Compiled kernels for a chunk of logits, ``[r, columns]``, where they are worth it and there is a compiler.
 
-    One row is not: torch would compile everything again for it.
+    One piece is not: torch would compile everything again for it.
     """
     rows, columns = student.shape
-    if student.device.type != "cpu" or student.dtype != torch.float32 or rows < 2 or columns < _LEAST_COLUMNS:
+    if student.device.type != "cpu" or student.dtype != torch.float32 or columns < _LEAST_COLUMNS:
+        return None
+    if rows * pieces_of_row(columns) < 2:
         return None
     return compiled_kernels(spec) if _compiles() else None
 
@@ -59,50 +76,73 @@ def compiled_kernels(spec: DivergenceSpec) -> RowKernels:
     return RowKernels.of(spec, _compile)
 
 
+@cache
+def pieces_of_row(columns: int) -> int:
+    """How many pieces a row of so many columns goes through the kernels in."""
+    return next((columns // size for size in reversed(_PIECE) if columns and columns % size == 0), 1)
+
+
 class CompiledRows:
     """See :class:`~opsd_megatron.losses.rows.RowBlock`. Every pass reads the logits again; only the last one writes.
 
     Args:
-        student: ``[r, columns]`` float32, ``r > 1``.
+        student: ``[r, columns]`` float32, contiguous; more than one piece.
         teacher: The same for the teacher.
         kernels: Those of the divergence.
+        spec: The divergence.
         shard: Which columns these are.
         target_ids: Targets of the diagnostics, ``[r]``, or ``None``.
     """
 
     def __init__(
-        self, student: Tensor, teacher: Tensor, kernels: RowKernels, shard: VocabShard, target_ids: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        kernels: RowKernels,
+        spec: DivergenceSpec,
+        shard: VocabShard,
+        target_ids: Tensor | None,
     ) -> None:
-        self._sides, self._kernels, self._shard, self._targets = (student, teacher), kernels, shard, target_ids
+        self._rows, self._kernels, self._spec, self._shard = (student, teacher), kernels, spec, shard
+        self._targets, self._pieces = target_ids, pieces_of_row(student.shape[1])
+        shape = (student.shape[0] * self._pieces, student.shape[1] // self._pieces)
+        self._sides = tuple(_any_rows(side.view(shape), 0) for side in self._rows)
         self._normaliser: Tensor | None = None
-        for side in self._sides:
-            _any_rows(side, 0)
 
     def statistics(self) -> Tensor:
         """This piece's :mod:`~opsd_megatron.losses.statistics`, ``[10, r]``."""
-        found: Tensor = self._kernels.statistics(*self._sides)
-        targets = found.new_zeros((3, found.shape[1]))
+        found = self._by_row(self._kernels.statistics(*self._sides))
+        found = torch.cat([found, found.new_zeros((3, *found.shape[1:]))])
+        merged = merge(found.permute(2, 0, 1), self._spec.temperature)
         if self._targets is not None:
-            for number, side in enumerate(self._sides):
+            for number, side in enumerate(self._rows):
                 picked, held = self._shard.pick(side, self._targets.unsqueeze(1))
-                centre = row_centre(found[2 * number]).unsqueeze(1)
-                targets[number] = torch.where(held > 0, picked - centre, 0).squeeze(1)
-                targets[2] = held.squeeze(1)
-        return torch.cat([found, targets])
+                centre = row_centre(merged[(STUDENT_MAX, TEACHER_MAX)[number]]).unsqueeze(1)
+                merged[(STUDENT_TARGET, TEACHER_TARGET)[number]] = torch.where(held > 0, picked - centre, 0).squeeze(1)
+                merged[HELD] = held.squeeze(1)
+        return merged
 
     def sums(self, normaliser: Tensor) -> Tensor:
         """This piece's share of the row sums, ``[9, r]``."""
-        self._normaliser = _any_rows(normaliser.contiguous(), 1)
-        sums: Tensor = self._kernels.sums(*self._sides, self._normaliser)
-        return sums
+        self._normaliser = self._for_pieces(normaliser)
+        sums = self._by_row(self._kernels.sums(*self._sides, self._normaliser))
+        return sums.sum(2, dtype=torch.float64).to(sums.dtype)
 
     def write_gradient(self, factor: Tensor, shift: Tensor, pull: Tensor | None) -> None:
         """Leave ``factor * slope - shift * e^s``, plus ``pull`` at the target, in the student's logits."""
-        scales = _any_rows(torch.stack([factor, shift]), 1)
+        scales = self._for_pieces(torch.stack([factor, shift]))
         self._kernels.gradient(*self._sides, self._normaliser, scales)
         if pull is not None:
             assert self._targets is not None, "a token's term needs targets"
-            self._shard.add_at(self._sides[0], self._targets, pull)
+            self._shard.add_at(self._rows[0], self._targets, pull)
+
+    def _by_row(self, found: Tensor) -> Tensor:
+        """``[k, r * pieces] -> [k, r, pieces]``."""
+        return found.view(found.shape[0], -1, self._pieces)
+
+    def _for_pieces(self, numbers: Tensor) -> Tensor:
+        """Numbers of rows for each of their pieces, ``[k, r] -> [k, r * pieces]``."""
+        return _any_rows(numbers.repeat_interleave(self._pieces, dim=1), 1)
 
 
 def _statistics(spec: DivergenceSpec, student: Tensor, teacher: Tensor) -> Tensor:
@@ -110,7 +150,7 @@ def _statistics(spec: DivergenceSpec, student: Tensor, teacher: Tensor) -> Tenso
     sides = (student, teacher)
     maxima = [row_max(side) for side in sides]
     centred = [side - row_centre(maximum).unsqueeze(1) for side, maximum in zip(sides, maxima, strict=True)]
-    sums = [_sum((side / spec.temperature).exp()) for side in centred]
+    sums = [_sum(_tempered(side, spec).exp()) for side in centred]
     sums_at_1 = sums if spec.temperature == 1 else [_sum(side.exp()) for side in centred]
     agree = row_max(centred[0] + centred[1]).eq(0).to(student.dtype)
     return torch.stack([maxima[0], sums[0], maxima[1], sums[1], agree, *sums_at_1])
@@ -141,20 +181,28 @@ def _entries(
     """Both sides' log-probabilities, and the terms and slopes of the divergence."""
     norms = normaliser.unsqueeze(2).unbind()
     s, t = (
-        ((side - maximum) / spec.temperature - log_sum).clamp(min=LOG_ZERO)
+        (_tempered(side - maximum, spec) - log_sum).clamp(min=LOG_ZERO)
         for side, maximum, log_sum in ((student, *norms[:2]), (teacher, *norms[2:]))
     )
     return s, t, divergence_entries(s, t, spec)
 
 
+def _tempered(logits: Tensor, spec: DivergenceSpec) -> Tensor:
+    """Logits over the temperature. Not left to the compiler: it would divide, by 1 too, which costs as much as exp."""
+    return logits if spec.temperature == 1 else logits * (1 / spec.temperature)
+
+
 def _sum(values: Tensor) -> Tensor:
-    """Row sums, ``[r]``. A compiled sum in float32 would add up thousands of numbers one after the other."""
-    return values.sum(1, dtype=torch.float64).to(values.dtype)
+    """Row sums, ``[r]``. Of a whole row a compiled sum in float32 would add up thousands of numbers one by one."""
+    dtype = values.dtype if values.shape[1] in _PIECE else torch.float64
+    return values.sum(1, dtype=dtype).to(values.dtype)
 
 
 def _compile(function: RowKernel) -> RowKernel:
     # Kept apart from others of the same code: torch gives up on a function that it has compiled too often.
-    compiled: RowKernel = torch.compile(function, isolate_recompiles=True)  # type: ignore[call-overload]
+    compiled: RowKernel = torch.compile(  # type: ignore[call-overload]
+        function, isolate_recompiles=True, options=_OPTIONS
+    )
     return compiled
 
 
@@ -163,8 +211,9 @@ def _bind(function: Callable[..., Any], spec: DivergenceSpec) -> RowKernel:
 
 
 def _any_rows(tensor: Tensor, dimension: int) -> Tensor:
-    """``tensor``, marked so that it is compiled for any size of ``dimension``."""
+    """``tensor``, of two dimensions, marked so that it is compiled for any size of ``dimension`` and no other's."""
     torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    torch._dynamo.mark_static(tensor, 1 - dimension)
     return tensor
 
 

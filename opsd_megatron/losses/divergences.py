@@ -34,6 +34,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from opsd_megatron.losses.elementary import expm1_, log1p_
+
 ClipMode = Literal["entry", "bregman", "rescale", "token", "none"]
 
 # Log-probability of an entry whose logit is -inf. Finite, so that 0 * log 0 is 0 and a difference of two is 0.
@@ -145,8 +147,8 @@ def divergence_entries(
         probs: ``e^s`` and ``e^t`` where they are at hand already.
     """
     s, t = student_log_prob, teacher_log_prob
-    p, q = (s.exp(), t.exp()) if probs is None else probs
     x = t - s
+    p, q = _probs(s, t, x, spec.beta) if probs is None else probs
     bregman = spec.clip_mode == "bregman"
     centre: Literal[-1, 0, 1] = 0
     if spec.beta == 0:
@@ -176,6 +178,15 @@ def divergence_entries(
     return Entries(p, q, value, slope, clipped, x)
 
 
+def _probs(s: Tensor, t: Tensor, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``e^s`` and ``e^t``. Fused, the smaller is the larger times ``e^-|x|``, which the mixture needs in any case."""
+    if beta in (0, 1) or not torch.compiler.is_compiling():
+        return s.exp(), t.exp()
+    larger = torch.maximum(s, t).exp()
+    smaller = larger * _fall(x, x.clamp(min=0)).exp()
+    return torch.where(x > 0, smaller, larger), torch.where(x > 0, larger, smaller)
+
+
 def _bregman(value: Tensor, prob: Tensor, y: Tensor) -> Tensor:
     """``prob (e^y - 1 - y)``, never negative; near 0 by a Taylor polynomial, where ``value`` has no digits left of it.
 
@@ -183,7 +194,7 @@ def _bregman(value: Tensor, prob: Tensor, y: Tensor) -> Tensor:
     """
     if value.dtype == torch.float64:
         return value
-    tail = y / 40320 + 1 / 5040
+    tail = y * (1 / 40320) + 1 / 5040
     for factor in (720, 120, 24, 6, 2):
         tail = tail * y + 1 / factor
     return torch.where(y.abs() < 0.5, y * y * tail * prob, value)
@@ -204,25 +215,16 @@ def _below_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     error there, and the divergence of nearly equal sides is made of little else.
     """
     above = x.clamp(min=0)
-    decay = _expm1(torch.sub(x, above, alpha=2))  # of -|x|
+    decay = expm1_(_fall(x, above))
     if beta == 0.5:
         decay.mul_(0.5)
     else:
         decay.mul_(x.clone().gt_(0).mul_(1 - 2 * beta).add_(beta))  # by 1 - beta where x > 0, else by beta
-    common = decay.log1p_()
+    common = log1p_(decay, least=min(beta, 1 - beta))
     s_below = common + above
     return s_below, common.add_(above.sub_(x))
 
 
-def _expm1(y: Tensor) -> Tensor:
-    """``e^y - 1`` for ``y <= 0``, in place, to a few units in the last place, exactly 0 at 0.
-
-    Compiled for CPU torch's own is ``exp(y) - 1``, which has hardly a digit left near 0. There a Taylor polynomial
-    takes its place; the first term left out is below 2e-8 of the result.
-    """
-    if not torch.compiler.is_compiling():
-        return y.expm1_()
-    tail = y / 40320 + 1 / 5040
-    for factor in (720, 120, 24, 6, 2, 1):
-        tail = tail * y + 1 / factor
-    return torch.where(y > -0.5, y * tail, y.exp() - 1)
+def _fall(x: Tensor, above: Tensor) -> Tensor:
+    """``-|x|``, given the larger of ``x`` and 0."""
+    return torch.sub(x, above, alpha=2)

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from opsd_megatron.losses.shard import Pending, VocabShard
 
-# Most logits of one chunk and side, counted in elements: 160 MiB in float32 on CPU, 512 MiB elsewhere. Enough that the
+# Most logits of one chunk and side, counted in elements: 200 MiB in float32 on CPU, 512 MiB elsewhere. Enough that the
 # matrix products run at full speed and that reading and writing the head weight's gradient once a chunk costs little
 # beside them: at r rows a chunk it moves 8 bytes for 8 r operations, and a GPU does hundreds of operations a byte.
-_CHUNK_ELEMENTS_ON_CPU, _CHUNK_ELEMENTS = 5 << 23, 1 << 27
+_CHUNK_ELEMENTS_ON_CPU, _CHUNK_ELEMENTS = 25 << 21, 1 << 27
 # There, rows of a chunk are a multiple of this: the tile of a matrix product.
 _TILE_ROWS = 128
 # On CPU the entries of a chunk are worked on in blocks of so many elements: the temporaries of a dozen elementwise
 # steps then stay in the cache and never exist for a whole chunk.
-_BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 19
 _NOT_UNIT = "the loss's upstream gradient is not 1 in all rows, as unit_upstream of the head's weight promises"
 _NOT_FINITE = (
     "the gradient of the student's hidden states holds NaN or infinities: either its head holds -inf (0 times which is "
@@ -270,10 +270,10 @@ def row_chunks(
     return list(_slices(0, num_rows, chunk_rows))
 
 
-def row_blocks(num_rows: int, shard: VocabShard, device: torch.device) -> list[slice]:
-    """Slices that cover a chunk's rows, each to be worked on by itself."""
+def row_blocks(num_rows: int, shard: VocabShard, device: torch.device, elements: int = BLOCK_ELEMENTS) -> list[slice]:
+    """Slices that cover a chunk's rows, each to be worked on by itself; on CPU of up to ``elements`` logits."""
     whole = device.type != "cpu"
-    return list(_slices(0, num_rows, num_rows if whole else max(1, _BLOCK_ELEMENTS // shard.width)))
+    return list(_slices(0, num_rows, num_rows if whole else max(1, elements // shard.width)))
 
 
 def keep_small_blocks_mapped() -> None:

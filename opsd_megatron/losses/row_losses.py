@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsd_megatron.losses import compiled_rows, head
 from opsd_megatron.losses.compiled_rows import CompiledRows, kernels_for
 from opsd_megatron.losses.divergences import DivergenceSpec
-from opsd_megatron.losses.head import row_blocks
 from opsd_megatron.losses.rows import (
     NO_EXTRAS,
     Diagnostics,
@@ -75,10 +75,9 @@ class DivergenceLoss:
         targets = None if self.target_ids is None else self.target_ids[rows]
         weights = None if weights is None else weights[rows]
         extras = self.extras.of(rows)
-        if not self._on_support and kernels_for(student, self.spec) is not None:
-            blocks = [slice(0, student.shape[0])]
-        else:
-            blocks = row_blocks(student.shape[0], self.shard, student.device)
+        compiled = not self._on_support and kernels_for(student, self.spec) is not None
+        elements = compiled_rows.BLOCK_ELEMENTS if compiled else head.BLOCK_ELEMENTS
+        blocks = head.row_blocks(student.shape[0], self.shard, student.device, elements)
         # On one rank a block is done with while it is in the cache. Across ranks every group has its own collectives.
         groups = [[block] for block in blocks] if self.shard.group is None else [blocks]
         parts = []
@@ -121,7 +120,7 @@ class DivergenceLoss:
             return TritonRows(student[rows], teacher[rows], self.spec, self.shard, targets)
         kernels = kernels_for(student[rows], self.spec)
         if kernels is not None:
-            return CompiledRows(student[rows], teacher[rows], kernels, self.shard, targets)
+            return CompiledRows(student[rows], teacher[rows], kernels, self.spec, self.shard, targets)
         keep = self.shard.group is None
         return TorchRows(student[rows], teacher[rows], self.spec, self.shard, targets, keep=keep)
 
@@ -197,7 +196,7 @@ class TargetLoss:
         maximum = row_max(side)
         side.sub_(row_centre(maximum).unsqueeze(1))
         target, held = self.shard.pick(side, targets.unsqueeze(1))
-        blocks = row_blocks(side.shape[0], self.shard, side.device)
+        blocks = head.row_blocks(side.shape[0], self.shard, side.device)
         sums = torch.cat([(side[rows] / self.temperature).exp_().sum(1) for rows in blocks])
         sums_at_1 = sums if self.temperature == 1 else torch.cat([side[rows].exp().sum(1) for rows in blocks])
         return maximum, sums, sums_at_1, target.squeeze(1), held.squeeze(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsd_megatron.losses import compiled_rows, linear_divergence, vocab_parallel_divergence
 from opsd_megatron.losses.compiled_rows import RowKernels, compiled_kernels, kernels_for
-from opsd_megatron.losses.divergences import DivergenceSpec
+from opsd_megatron.losses.divergences import LEAST_BETA, LOG_ZERO, DivergenceSpec, divergence_entries
 from opsd_megatron.losses.row_losses import DivergenceLoss
 from opsd_megatron.losses.torch_rows import TorchRows
 from tests.distributed import run_distributed
@@ -47,7 +47,9 @@ def through(kernels: Callable[[DivergenceSpec], RowKernels]) -> Iterator[None]:
 
     def block(task: DivergenceLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, rows: slice) -> object:
         targets = None if targets is None else targets[rows]
-        return compiled_rows.CompiledRows(student[rows], teacher[rows], kernels(task.spec), task.shard, targets)
+        return compiled_rows.CompiledRows(
+            student[rows], teacher[rows], kernels(task.spec), task.spec, task.shard, targets
+        )
 
     with mock.patch.object(DivergenceLoss, "_block", block):
         yield
@@ -97,11 +99,14 @@ def test_what_is_no_number_is_reported_through_compiled_kernels(side: str, value
 
 
 @needs_compiler
-def test_sums_over_many_columns_are_as_exact_as_uncompiled_ones() -> None:
+@pytest.mark.parametrize("columns", [100_003, 151_936])
+def test_sums_over_many_columns_are_as_exact_as_uncompiled_ones(columns: int) -> None:
+    """In whole rows, since 100,003 is a prime number, and in pieces."""
+    assert compiled_rows.pieces_of_row(columns) == {100_003: 1, 151_936: 128}[columns]
     spec = DivergenceSpec(0.5, clip=0.05)
-    student, teacher = torch.randn(2, 3, 100_003, generator=torch.Generator().manual_seed(0)).unbind()
-    exact = statistics_and_sums(plain_kernels(spec), student.double(), teacher.double())
-    found = statistics_and_sums(compiled_kernels(spec), student, teacher)
+    student, teacher = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(0)).unbind()
+    exact = statistics_and_sums(spec, plain_kernels(spec), student.double(), teacher.double())
+    found = statistics_and_sums(spec, compiled_kernels(spec), student, teacher)
     for one, other in zip(found, exact, strict=True):
         assert ((one - other).abs() <= 1e-6 * other.abs() + 1e-9).all()
 
@@ -115,7 +120,7 @@ def test_the_divergence_of_nearly_equal_sides_is_as_exact_as_uncompiled(beta: fl
     for difference, tolerance in ((1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)):
         teacher = student + difference * noise
         exact, found, plain_found = (
-            statistics_and_sums(kernels(spec), student.to(dtype), teacher.to(dtype))[1][0].double()
+            statistics_and_sums(spec, kernels(spec), student.to(dtype), teacher.to(dtype))[1][0].double()
             for kernels, dtype in (
                 (plain_kernels, torch.float64),
                 (compiled_kernels, torch.float32),
@@ -126,9 +131,37 @@ def test_the_divergence_of_nearly_equal_sides_is_as_exact_as_uncompiled(beta: fl
         assert ((found - exact).abs() <= tolerance * exact).all()
 
 
-def statistics_and_sums(kernels: RowKernels, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+@needs_compiler
+@pytest.mark.parametrize("beta", [LEAST_BETA, 0.1, 0.5, 1 - LEAST_BETA])
+def test_compiled_entries_are_as_exact_as_uncompiled(beta: float) -> None:
+    """Their exponentials and logarithms are not torch's own; 1.5e-7 is a rounding or two more."""
+    spec, generator = DivergenceSpec(beta), torch.Generator().manual_seed(0)
+    s, t = -80 * torch.rand(2, 40, 1 << 12, generator=generator)
+    for row, difference in enumerate(torch.logspace(-7, 1, 20)):
+        t[row] = (s[row] + difference * torch.randn(1 << 12, generator=generator)).clamp(max=0)
+    t[20:22], s[21:23] = LOG_ZERO, LOG_ZERO
+    exact = divergence_entries(s.double(), t.double(), spec)
+    compiled, plain = (divergence(s, t, spec) for divergence in (torch.compile(divergence_entries), divergence_entries))
+    # A value is the sum of two terms, of which near equality hardly anything is left.
+    terms = exact.slope.abs() + (exact.value - exact.slope).abs()
+    scales = {"slope": exact.slope, "value": terms} | {
+        name: getattr(exact, name) for name in ("student_prob", "teacher_prob")
+    }
+    for name, scale in scales.items():
+        normal = scale.abs() > 1e-30
+        errors = [
+            ((getattr(found, name) - getattr(exact, name)) / scale)[normal].abs() - 6e-8 * (t - s)[normal].abs()
+            for found in (compiled, plain)
+        ]  # beside the rounding of t - s
+        assert errors[0].max() <= 1.5 * errors[1].max() + 1.5e-7, name
+        assert (getattr(compiled, name)[~normal].abs() <= 1e-29).all(), name
+
+
+def statistics_and_sums(
+    spec: DivergenceSpec, kernels: RowKernels, student: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor]:
     """The first seven statistics and the nine sums of rows that one rank has whole."""
-    rows = compiled_rows.CompiledRows(student, teacher, kernels, mock.Mock(pick=None), None)
+    rows = compiled_rows.CompiledRows(student, teacher, kernels, spec, mock.Mock(pick=None), None)
     statistics = rows.statistics()
     normaliser = statistics[:4].clone()
     normaliser[1::2].log_()
@@ -147,7 +180,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         "student",
         [
-            torch.empty(1, 1 << 14),
+            torch.empty(1, 20_011),
             torch.empty(2, (1 << 14) - 1),
             torch.empty(2, 1 << 14, dtype=torch.float64),
             torch.empty(2, 1 << 14, device="meta"),
