@@ -8,6 +8,7 @@ a temporary name, are ever removed.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -52,12 +53,17 @@ def begin(output: Path) -> Path:
         The temporary directory; fill it, then call :func:`publish` or :func:`discard`.
 
     Raises:
-        CheckpointError: ``output`` exists and is not an empty directory, something unknown has the temporary name, or
-            the directory cannot be made.
+        CheckpointError: ``output`` exists and is not an empty directory, something unknown has the temporary name,
+            another process is at work in it (:func:`atomic_directory`), or the directory cannot be made.
     """
     refuse_existing(output)
     temporary = temporary_for(output)
     try:
+        if _is_held(temporary):
+            raise CheckpointError(
+                f"{output} is being written by another process, in {temporary}: wait for its end, or choose another "
+                "output"
+            )
         if is_unfinished(output):
             _delete(output)
         if temporary.exists():
@@ -117,6 +123,9 @@ def discard(directory: Path) -> None:
 def atomic_directory(output: Path) -> Iterator[Path]:
     """Build ``output`` in a ``with`` block: published when it ends, discarded when it raises.
 
+    Meanwhile other processes are kept out by a lock on the marker (flock), which ends with its process however that
+    ends; on file systems without locks nobody is.
+
     Yields:
         The temporary directory to fill.
 
@@ -125,8 +134,9 @@ def atomic_directory(output: Path) -> Iterator[Path]:
     """
     temporary = begin(output)
     try:
-        yield temporary
-        publish(temporary, output)
+        with _held(temporary):
+            yield temporary
+            publish(temporary, output)
     except OSError as error:
         discard(temporary)
         raise cannot_write(output, error) from error
@@ -150,6 +160,29 @@ def remove(directory: Path) -> None:
     (directory / _MARKER).touch()
     os.rename(directory, temporary)
     _delete(temporary)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Lock a directory's marker, if there are locks here."""
+    with (directory / _MARKER).open() as marker:
+        with suppress(OSError):
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether another process has locked a directory's marker."""
+    if not is_unfinished(directory):
+        return False
+    with (directory / _MARKER).open() as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def _delete(directory: Path) -> None:

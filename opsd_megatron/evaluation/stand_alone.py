@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opsd_megatron.checkpoint.claim import claim_output_dir
 from opsd_megatron.checkpoint.convert import stored_tensors
 from opsd_megatron.checkpoint.digest import digest, weights_digest
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
@@ -110,12 +111,24 @@ class StandAlone:
 
         Raises:
             EngineError: The engine cannot start.
-            CheckpointError: A tensor of the checkpoint is damaged.
+            CheckpointError: A tensor of the checkpoint is damaged, or another job is at work in ``output_dir``.
             OutputError: A file cannot be written.
         """
         output_dir = Path(self.config.output_dir)
-        writes = dist.get_rank() == 0
         engine = self._start_engine()
+        claim = claim_output_dir(output_dir)
+        try:
+            results = self._evaluate(engine, output_dir, show)
+        finally:
+            claim.release()
+        engine.close()
+        return results
+
+    def _evaluate(
+        self, engine: VllmEngine, output_dir: Path, show: Callable[[str], None]
+    ) -> dict[str, EvaluationResult]:
+        """See :meth:`run`."""
+        writes = dist.get_rank() == 0
         begun = on_rank_0(lambda: self._begin(output_dir))
         if writes and begun:
             show(f"going on where this evaluation was ended: {', '.join(begun)}")
@@ -138,7 +151,6 @@ class StandAlone:
         if writes:
             with writing(output_dir / UNFINISHED):
                 (output_dir / UNFINISHED).unlink()
-        engine.close()
         return results
 
     def _begin(self, output_dir: Path) -> list[str]:

@@ -163,11 +163,12 @@ def _run(
     if student_hidden.device.type == "cpu":
         keep_small_blocks_mapped()
     num_rows, device = student_hidden.shape[0], student_hidden.device
-    chunks = row_chunks(num_rows, loss.shard, options.chunk_rows, device, temporaries=loss.temporaries)
+    student_head = Head(student_weight, loss.shard)
+    temporaries = loss.temporaries + student_head.temporaries
+    chunks = row_chunks(num_rows, loss.shard, options.chunk_rows, device, temporaries=temporaries)
     if not chunks:
         return RowResults.of_no_rows(student_hidden, loss.diagnostic_rows)
     largest = chunks[0].stop
-    student_head = Head(student_weight, loss.shard)
     teacher_head = None if teacher_weight is None else Head(teacher_weight, loss.shard)
     in_flight = 1 if loss.shard.group is None else min(2, len(chunks))
     student_buffers = [student_head.buffer(largest) for _ in range(in_flight)]

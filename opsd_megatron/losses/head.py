@@ -51,6 +51,11 @@ class Head:
         rows = min(_WIDENED_ROWS, shard.columns) if self._half and self._on_cpu else 0
         self._widened = weight.new_empty((rows, weight.shape[1]), dtype=self._dtype)
 
+    @property
+    def temporaries(self) -> int:
+        """Tensors of a chunk's size that the products make; one of half its bytes counts as one."""
+        return int(self._half and self._on_cpu)  # the gradient as bfloat16; on GPUs chunks are not so tight
+
     def buffer(self, rows: int) -> Tensor:
         """Memory for the logits of up to ``rows`` rows, to be used again: fresh memory is paid for page by page."""
         return self._weight.new_empty((rows, self._weight.shape[0]), dtype=self._dtype)

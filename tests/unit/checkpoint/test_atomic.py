@@ -145,3 +145,15 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"{name} already exists"):
             begin(tmp_path / name)
     assert (mine / "notes").read_text() == "mine" and (tmp_path / "link").is_symlink() and marked.is_dir()
+
+
+def test_two_writers_of_one_output_are_kept_apart(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with atomic_directory(output) as directory:
+        (directory / "a").write_text("first")
+        with pytest.raises(CheckpointError) as failure:
+            write(output, "second")
+        assert str(failure.value) == (
+            f"{output} is being written by another process, in {directory}: wait for its end, or choose another output"
+        )
+    assert content(output) == {"a": "first"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,7 +209,7 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_ended(model: Path, data:
         )  # fmt: skip
 
     def files(name: str) -> dict[str, Any]:
-        return {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
+        return {path.name: path.read_text() for path in (tmp_path / name).glob("[!.]*")}
 
     runs = [
         (settings("whole"), None),
@@ -230,3 +231,14 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_ended(model: Path, data:
     for name in ("one.jsonl", "two.jsonl", "results.json"):
         assert files("again")[name] == files("whole")[name]
     assert sorted(files("whole")) == ["one.jsonl", "results.json", "two.jsonl"]
+
+
+def test_another_evaluation_in_the_same_directory_is_kept_out(model: Path, data: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        overrides = arguments(model, data, f"output_dir={tmp_path}")
+        with pytest.raises(
+            AssertionError, match=f"CheckpointError: output_dir={tmp_path} is in use by another process"
+        ):
+            run_distributed(_evaluations, 1, [(overrides, None)])
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
