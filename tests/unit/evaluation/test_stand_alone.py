@@ -234,11 +234,11 @@ def test_an_evaluation_that_was_killed_goes_on_where_it_ended(model: Path, data:
 
 
 def test_another_evaluation_in_the_same_directory_is_kept_out(model: Path, data: Path, tmp_path: Path) -> None:
-    with (tmp_path / ".lock").open("w") as lock:
+    output = tmp_path / "output"
+    output.mkdir()
+    with (output / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        overrides = arguments(model, data, f"output_dir={tmp_path}")
-        with pytest.raises(
-            AssertionError, match=f"CheckpointError: output_dir={tmp_path} is in use by another process"
-        ):
+        overrides = arguments(model, data, f"output_dir={output}")
+        with pytest.raises(AssertionError, match=f"CheckpointError: output_dir={output} is in use by another process"):
             run_distributed(_evaluations, 1, [(overrides, None)])
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert [path.name for path in output.iterdir()] == [".lock"]
