@@ -226,9 +226,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for data, models and runs")
     parser.add_argument("--peer", type=Path, help="python of an environment with trl")
     parser.add_argument("--case", type=Case.parse, nargs="+", default=[Case.parse(text) for text in DEFAULT_CASES])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help=f"the first {WARM_UP} are left out")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps must be more than the {WARM_UP} that are left out")
     options.work.mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {options.steps} steps, {options.repeats} runs\n")
     head = ["model", "problems x tokens", "ranks", "s a step", *PHASES, "response tokens/s", "GiB"]

@@ -57,6 +57,13 @@ MESHES: dict[str, dict[str, dict[str, object]]] = {
         "pp2-vpp2-ep2-dp2": {**PP2_VPP2, "expert": 2},
         "tp2-sp-ep2-dp2": {**TP2_SP, "expert": 2},
         "tp2-sp-ep4-etp1-dp2": {**TP2_SP, "expert": 4, "expert_tensor": 1},
+        "tp2-sp-pp2-vpp2-ep2-etp1-full-recompute": {
+            **TP2_SP,
+            **PP2_VPP2,
+            "expert": 2,
+            "expert_tensor": 1,
+            "recompute": "full",
+        },
         "ep4-cp2-dp2": {"expert": 4, "context": 2},
         "tp2-sp-ep2-etp1-cp2-selective-recompute": {
             **TP2_SP,
