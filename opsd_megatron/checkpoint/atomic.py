@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from opsd_megatron.errors import CheckpointError
 from opsd_megatron.telemetry.files import refusal, sync_to_disk
@@ -59,11 +60,9 @@ def begin(output: Path) -> Path:
     refuse_existing(output)
     temporary = temporary_for(output)
     try:
-        if _is_held(temporary):
-            raise CheckpointError(
-                f"{output} is being written by another process, in {temporary}: wait for its end, or choose another "
-                "output"
-            )
+        # A lock goes along with its directory when that gets its final name.
+        if _is_held(temporary) or _is_held(output):
+            raise _in_use(output)
         if is_unfinished(output):
             _delete(output)
         if temporary.exists():
@@ -133,16 +132,16 @@ def atomic_directory(output: Path) -> Iterator[Path]:
         CheckpointError: See :func:`begin`; also any ``OSError`` of the block, such as a full disk.
     """
     temporary = begin(output)
-    try:
-        with _held(temporary):
+    with _held(temporary, output):
+        try:
             yield temporary
             publish(temporary, output)
-    except OSError as error:
-        discard(temporary)
-        raise cannot_write(output, error) from error
-    except BaseException:
-        discard(temporary)
-        raise
+        except OSError as error:
+            discard(temporary)
+            raise cannot_write(output, error) from error
+        except BaseException:
+            discard(temporary)
+            raise
 
 
 def cannot_write(output: Path, error: OSError) -> CheckpointError:
@@ -163,11 +162,19 @@ def remove(directory: Path) -> None:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Lock a directory's marker, if there are locks here."""
-    with (directory / _MARKER).open() as marker:
-        with suppress(OSError):
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _held(temporary: Path, output: Path) -> Iterator[None]:
+    """Lock the marker of ``output``'s directory, if there are locks here.
+
+    Raises:
+        CheckpointError: Another process was faster, and what is there now is its.
+    """
+    try:
+        marker = (temporary / _MARKER).open("r+")  # for writing: NFS locks no other
+    except FileNotFoundError as error:
+        raise _in_use(output) from error
+    with marker:
+        if not _lock(marker):
+            raise _in_use(output)
         yield
 
 
@@ -175,14 +182,23 @@ def _is_held(directory: Path) -> bool:
     """Whether another process has locked a directory's marker."""
     if not is_unfinished(directory):
         return False
-    with (directory / _MARKER).open() as marker:
-        try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-    return False
+    with (directory / _MARKER).open("r+") as marker:
+        return not _lock(marker)
+
+
+def _lock(marker: TextIO) -> bool:
+    """Lock the file; whether nobody else has. Where there are no locks, nobody has."""
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _in_use(output: Path) -> CheckpointError:
+    return CheckpointError(f"{output} is being written by another process: wait for its end, or choose another output")
 
 
 def _delete(directory: Path) -> None:

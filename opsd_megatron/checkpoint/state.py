@@ -127,18 +127,10 @@ def save_converted(directory: str | Path, write: Callable[[Path], None], *, sour
         CheckpointError: ``directory`` exists or cannot be written (disk full); nothing is left there.
         Exception: Whatever ``write`` raised; nothing is left there.
     """
-    directory = Path(directory).absolute()
-    temporary = atomic.begin(directory)
     record = {"format": FORMAT, "step": 0, "sampler": {}, "identity": {}, "optimizer": None, "mesh": None}
-    try:
+    with atomic.atomic_directory(Path(directory).absolute()) as temporary:
         write(temporary)
-        _finish(directory, record, Path(source))
-    except OSError as error:
-        atomic.discard(temporary)
-        raise atomic.cannot_write(directory, error) from error
-    except BaseException:
-        atomic.discard(temporary)
-        raise
+        _complete(temporary, record, Path(source))
 
 
 def _begin(directory: Path) -> None:
@@ -151,11 +143,16 @@ def _begin(directory: Path) -> None:
 
 def _finish(directory: Path, record: dict[str, Any], source: Path) -> None:
     temporary = atomic.temporary_for(directory)
+    _complete(temporary, record, source)
+    atomic.publish(temporary, directory)
+
+
+def _complete(temporary: Path, record: dict[str, Any], source: Path) -> None:
+    """Put beside the tensors what else a checkpoint holds."""
     copy_hf_files(source, temporary / HF_FOLDER)
     files = sorted(path for path in temporary.iterdir() if path.is_file() and not atomic.is_marker(path))
     record["files"] = {path.name: path.stat().st_size for path in files}
     (temporary / TRAINER_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    atomic.publish(temporary, directory)
 
 
 def load_checkpoint(

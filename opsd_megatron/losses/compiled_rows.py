@@ -4,9 +4,8 @@ Step by step every elementwise operation reads and writes memory; fused, each of
 and only the last one writes. That needs a C++ compiler, and a while of compiling where no earlier process has left the
 kernels in torch's cache. Without a compiler :class:`TorchRows` does the same.
 
-A row goes through the kernels in pieces, as if each were a row: short enough that the first pass, which goes over a
-piece twice, finds it in the cache, and that its sums lose nothing in float32. Compiled for CPU a sum in float64 takes
-longer than an exponential, since every conversion goes through memory.
+A row goes through the kernels in pieces, as if each were a row: short enough that sums lose nothing in float32. Those
+in float64 are slow when compiled for CPU, since every number that is converted goes through memory.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def kernels_for(student: Tensor, spec: DivergenceSpec) -> RowKernels | None:
 
 @cache
 def compiled_kernels(spec: DivergenceSpec) -> RowKernels:
-    """The kernels of ``spec``, compiled at their first call for any number of rows above one."""
+    """The kernels of ``spec``, compiled at their first call for any number of pieces above one."""
     return RowKernels.of(spec, _compile)
 
 
@@ -142,7 +141,8 @@ class CompiledRows:
 
     def _for_pieces(self, numbers: Tensor) -> Tensor:
         """Numbers of rows for each of their pieces, ``[k, r] -> [k, r * pieces]``."""
-        return _any_rows(numbers.repeat_interleave(self._pieces, dim=1), 1)
+        # No view, which repeat_interleave returns: a kernel would be compiled for the sizes of what it is a view of.
+        return _any_rows(numbers.repeat_interleave(self._pieces, dim=1).clone(), 1)
 
 
 def _statistics(spec: DivergenceSpec, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Elementary functions which ``torch.compile`` makes slow or inexact on CPU, written out for it as polynomials.
 
 It calls a library for every exponential or logarithm, and knows ``expm1`` only as ``exp(y) - 1``. Uncompiled, torch's
-own are used.
+own are used, in place; compiled, the argument stays as it is. Either way the result is what is returned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOG1P = (
 
 
 def expm1_(y: Tensor) -> Tensor:
-    """``e^y - 1`` for ``y <= 0``, in place, to a few units in the last place, exactly 0 at 0.
+    """``e^y - 1`` for ``y <= 0``, to a few units in the last place, exactly 0 at 0.
 
     Compiled for CPU torch's own is ``exp(y) - 1``, which has hardly a digit left near 0. There a Taylor polynomial
     takes its place; the first term left out is below 2e-8 of the result.
@@ -41,7 +41,7 @@ def expm1_(y: Tensor) -> Tensor:
 
 
 def log1p_(y: Tensor, least: float) -> Tensor:
-    """``log(1 + y)`` for ``least - 1 <= y <= 0``, in place, to a few units in the last place, exactly 0 at 0.
+    """``log(1 + y)`` for ``least - 1 <= y <= 0``, to a few units in the last place, exactly 0 at 0.
 
     Compiled for CPU torch's own is a call that does for every ``y`` and costs more than an exponential. There ``1 + y``
     is brought between the roots of 1/2 and 2 by a power of 2, and the rest is a polynomial.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from opsd_megatron.checkpoint import atomic
 from opsd_megatron.checkpoint.atomic import atomic_directory, begin, discard, is_leftover, is_unfinished, remove
 from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+from opsd_megatron.checkpoint.state import save_converted
 from opsd_megatron.errors import CheckpointError, ModelError
 
 
@@ -147,13 +150,58 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert (mine / "notes").read_text() == "mine" and (tmp_path / "link").is_symlink() and marked.is_dir()
 
 
-def test_two_writers_of_one_output_are_kept_apart(tmp_path: Path) -> None:
+def in_use(output: Path) -> str:
+    return f"{output} is being written by another process: wait for its end, or choose another output"
+
+
+def test_two_writers_of_one_output_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is written, and while it has its final name but is not durable yet."""
     output = tmp_path / "output"
-    with atomic_directory(output) as directory:
-        (directory / "a").write_text("first")
+
+    def refused(*_: object) -> None:
         with pytest.raises(CheckpointError) as failure:
             write(output, "second")
-        assert str(failure.value) == (
-            f"{output} is being written by another process, in {directory}: wait for its end, or choose another output"
-        )
-    assert content(output) == {"a": "first"}
+        assert str(failure.value) == in_use(output)
+
+    with atomic_directory(output) as directory:
+        (directory / "a").write_text("first")
+        refused()
+        with pytest.raises(CheckpointError, match="being written by another process"):
+            save_converted(output, refused, source=tmp_path)
+        sync, renamed = atomic.sync_to_disk, list[Path]()
+
+        def sync_to_disk(path: Path) -> None:
+            if path == output.parent:
+                renamed.append(path)
+                refused()
+            sync(path)
+
+        monkeypatch.setattr(atomic, "sync_to_disk", sync_to_disk)
+    assert renamed and content(output) == {"a": "first"}
+
+
+@pytest.mark.parametrize("lost", ["marker", "lock"])
+def test_who_comes_second_to_the_lock_leaves_the_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Between making the directory and locking it, another process took it for a leftover."""
+    output, begin = tmp_path / "output", atomic.begin
+    marker = atomic.temporary_for(output) / atomic._MARKER
+    theirs: list[TextIO] = []
+
+    def begin_and_lose(wanted: Path) -> Path:
+        temporary = begin(wanted)
+        if lost == "marker":
+            marker.unlink()
+        else:
+            theirs.append(marker.open("r+"))
+            fcntl.flock(theirs[0], fcntl.LOCK_EX)
+        (temporary / "theirs").touch()
+        return temporary
+
+    monkeypatch.setattr(atomic, "begin", begin_and_lose)
+    with pytest.raises(CheckpointError) as failure:
+        write(output, "second")
+    assert str(failure.value) == in_use(output) and (marker.parent / "theirs").exists()
+    for file in theirs:
+        file.close()
