@@ -191,7 +191,12 @@ def test_what_was_evaluated_is_written_down(small: SmallRun, trained: Path, eval
         "temperature": 0.9, "top_p": 0.95, "top_k": -1, "max_new_tokens": 20, "thinking": True, "seed": 0
     }  # fmt: skip
     assert last["sets"]["amc23"]["num_problems"] == 5
-    assert sorted(path.name for path in (evaluated / "last").iterdir()) == ["amc23.jsonl", "mine.jsonl", "results.json"]
+    assert sorted(path.name for path in (evaluated / "last").iterdir()) == [
+        ".lock",
+        "amc23.jsonl",
+        "mine.jsonl",
+        "results.json",
+    ]
 
 
 def test_two_evaluations_compare(evaluated: Path, capsys: pytest.CaptureFixture[str]) -> None:
