@@ -114,10 +114,11 @@ class CompiledRows:
         found = torch.cat([found, found.new_zeros((3, *found.shape[1:]))])
         merged = merge(found.permute(2, 0, 1), self._spec.temperature)
         if self._targets is not None:
-            for number, side in enumerate(self._rows):
+            places = ((STUDENT_MAX, STUDENT_TARGET), (TEACHER_MAX, TEACHER_TARGET))
+            for side, (maximum, target) in zip(self._rows, places, strict=True):
                 picked, held = self._shard.pick(side, self._targets.unsqueeze(1))
-                centre = row_centre(merged[(STUDENT_MAX, TEACHER_MAX)[number]]).unsqueeze(1)
-                merged[(STUDENT_TARGET, TEACHER_TARGET)[number]] = torch.where(held > 0, picked - centre, 0).squeeze(1)
+                centre = row_centre(merged[maximum]).unsqueeze(1)
+                merged[target] = torch.where(held > 0, picked - centre, 0).squeeze(1)
                 merged[HELD] = held.squeeze(1)
         return merged
 
@@ -188,7 +189,7 @@ def _entries(
 
 
 def _tempered(logits: Tensor, spec: DivergenceSpec) -> Tensor:
-    """Logits over the temperature. Not left to the compiler: it would divide, by 1 too, which costs as much as exp."""
+    """Logits over the temperature. Not left to the compiler, which would divide, by 1 too."""
     return logits if spec.temperature == 1 else logits * (1 / spec.temperature)
 
 

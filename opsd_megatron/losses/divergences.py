@@ -34,7 +34,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from opsd_megatron.losses.elementary import expm1_, log1p_
+from opsd_megatron.losses.elementary import expm1_, log1p_, polynomial
 
 ClipMode = Literal["entry", "bregman", "rescale", "token", "none"]
 
@@ -194,9 +194,7 @@ def _bregman(value: Tensor, prob: Tensor, y: Tensor) -> Tensor:
     """
     if value.dtype == torch.float64:
         return value
-    tail = y * (1 / 40320) + 1 / 5040
-    for factor in (720, 120, 24, 6, 2):
-        tail = tail * y + 1 / factor
+    tail = polynomial(y, [1 / math.factorial(n) for n in range(8, 1, -1)])
     return torch.where(y.abs() < 0.5, y * y * tail * prob, value)
 
 

@@ -7,6 +7,7 @@ own are used, in place; compiled, the argument stays as it is. Either way the re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +35,7 @@ def expm1_(y: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return y.expm1_()
-    tail = y * (1 / 40320) + 1 / 5040
-    for factor in (720, 120, 24, 6, 2, 1):
-        tail = tail * y + 1 / factor
+    tail = polynomial(y, [1 / math.factorial(n) for n in range(8, 0, -1)])
     return torch.where(y > -0.5, y * tail, y.exp() - 1)
 
 
@@ -55,8 +54,12 @@ def log1p_(y: Tensor, least: float) -> Tensor:
         scale = torch.where(below, 2.0**halvings, scale)
         offset = torch.where(below, -halvings * math.log(2), offset)
     f = y * scale + (scale - 1)
-    tail = f * _LOG1P[0] + _LOG1P[1]
-    for factor in _LOG1P[2:]:
-        tail = tail * f + factor
-    square = f * f
-    return offset + (f + square * (tail * f - 0.5))
+    return offset + (f + f * f * (polynomial(f, _LOG1P) * f - 0.5))
+
+
+def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """The polynomial in ``x`` of at least two coefficients, the highest power's first, by Horner's rule."""
+    total = x * coefficients[0] + coefficients[1]
+    for coefficient in coefficients[2:]:
+        total = total * x + coefficient
+    return total

@@ -166,6 +166,17 @@ def _merge_lanes(maxima: tl.tensor, totals: tl.tensor, maximum: tl.tensor, inver
     return tl.sum(totals * tl.exp((maxima - maximum) * inverse_temperature), axis=0)
 
 
+@_jit
+def _largest_seen(maximum: tl.tensor, total: tl.tensor) -> tl.tensor:
+    # A side without a finite logit never moved from where it started.
+    return tl.where((maximum > _LOWEST) | (total > 0), maximum, float("-inf"))
+
+
+@_jit
+def _centred_target(side_row: tl.tensor, target: tl.tensor, held: tl.tensor, maximum: tl.tensor) -> tl.tensor:
+    return tl.where(held, tl.load(side_row + target, mask=held, other=0.0) - maximum, 0.0)
+
+
 # --- The kernels: one program for each row and piece. ---
 
 
@@ -227,14 +238,11 @@ def statistics_kernel(
         s_unit_sum = _merge_lanes(s_maxima, s_unit_totals, s_max, 1.0)
         t_unit_sum = _merge_lanes(t_maxima, t_unit_totals, t_max, 1.0)
     agrees = tl.max(tl.where(agree & (s_maxima == s_max) & (t_maxima == t_max), 1.0, 0.0), axis=0)
-    # A side without a finite logit never moved from where it started.
-    s_seen = (s_max > _LOWEST) | (s_sum > 0)
-    t_seen = (t_max > _LOWEST) | (t_sum > 0)
 
     out = out + tl.program_id(1) * (10 * rows) + row
-    tl.store(out, tl.where(s_seen, s_max, float("-inf")))
+    tl.store(out, _largest_seen(s_max, s_sum))
     tl.store(out + rows, s_sum)
-    tl.store(out + 2 * rows, tl.where(t_seen, t_max, float("-inf")))
+    tl.store(out + 2 * rows, _largest_seen(t_max, t_sum))
     tl.store(out + 3 * rows, t_sum)
     tl.store(out + 4 * rows, agrees)
     tl.store(out + 5 * rows, s_unit_sum)
@@ -245,10 +253,8 @@ def statistics_kernel(
     if HAS_TARGETS:
         target = tl.load(targets + row)
         held = (target >= begin) & (target < end)
-        s_logit = tl.load(student_row + target, mask=held, other=0.0)
-        t_logit = tl.load(teacher_row + target, mask=held, other=0.0)
-        s_target = tl.where(held, s_logit - s_max, 0.0)
-        t_target = tl.where(held, t_logit - t_max, 0.0)
+        s_target = _centred_target(student_row, target, held, s_max)
+        t_target = _centred_target(teacher_row, target, held, t_max)
         held_number = tl.where(held, 1.0, 0.0)
     tl.store(out + 7 * rows, s_target)
     tl.store(out + 8 * rows, t_target)
