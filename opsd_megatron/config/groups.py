@@ -40,7 +40,9 @@ class ParallelConfig:
     ``expert_tensor`` ranks parts of the same ones; what is left holds copies.
 
     Attributes:
-        tensor: Tensor-parallel size; divides the model's key/value heads.
+        tensor: Tensor-parallel size; divides the model's attention heads and FFN rows, and divides its key/value heads
+            or is a multiple of them. As a multiple, every layer gathers queries, keys and values from all ranks, and
+            adapters (``lora``) cannot be on their projections.
         pipeline: Pipeline stages. Where they do not divide the model's layers, the last ones hold one layer fewer.
         virtual_stages: Chunks of the model on each pipeline rank (Megatron's interleaved schedule). Above 1,
             micro-batches pass round the ranks so many times, and the pipeline idles less at both ends of a step.

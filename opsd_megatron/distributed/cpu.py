@@ -86,7 +86,8 @@ def _even_collectives(mappings: Any) -> None:
     ) -> Tensor:
         if sizes is None or group.size() == 1:
             return gather(own, group, None, use_global_buffer)  # type: ignore[no-any-return]
-        parts = gather(pad(own, max(sizes)), group).split(max(sizes))
+        # tensor_split: where no rank has any, they are as many parts all the same.
+        parts = gather(pad(own, max(sizes)), group).tensor_split(len(sizes))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def reduce_parts(

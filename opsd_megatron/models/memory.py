@@ -217,8 +217,9 @@ def _activations(spec: Qwen3Spec, config: Config) -> int:
     Counted in elements of a token and layer, for a sequence-parallel region of 1/sp and a tensor-parallel one of 1/tp:
     the residual stream before attention and before the MLP and both norms' outputs, 4 h / sp; query, key and value
     before and after their norms and turned by the rotary embedding, and attention's output, (4 q + 4 k) / tp; the MLP's
-    gate and up projections, activation and product, 4 f / tp. With experts, each token's MLP part is that of the
-    experts it goes through, and what they are sent and return, if the router shares tokens out evenly.
+    gate and up projections, activation and product, 4 f / tp. Ranks that share a key/value head have it whole, and
+    keep what they gather for that, q + 2 k. With experts, each token's MLP part is that of the experts it goes through,
+    and what they are sent and return, if the router shares tokens out evenly.
     """
     parallel, recompute = config.parallel, config.model.recompute
     tp = parallel.tensor
@@ -226,7 +227,10 @@ def _activations(spec: Qwen3Spec, config: Config) -> int:
     sample = (config.data.max_prompt_tokens or _PROMPT_TOKENS) + config.rollout.max_new_tokens
     tokens = max(config.train.tokens_per_micro_batch, sample) // parallel.context
     size = 2 if config.model.dtype == "bfloat16" else _FLOAT32
-    attention = 4 * spec.hidden_size / sp + 4 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim / tp
+    heads = 4 * (spec.num_heads / tp + max(spec.num_kv_heads / tp, 1))
+    if tp > spec.num_kv_heads:
+        heads += spec.num_heads + 2 * spec.num_kv_heads
+    attention = 4 * spec.hidden_size / sp + heads * spec.head_dim
     mlp = max(_mlp_elements(spec, config, layer, sp) for layer in range(spec.num_layers))
     kept = {"none": attention + mlp, "selective": attention, "full": spec.hidden_size / sp}[recompute]
     chunks = parallel.pipeline * parallel.virtual_stages

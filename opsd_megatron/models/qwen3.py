@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from opsd_megatron.config import Config
+from opsd_megatron.config import Config, LoraConfig
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.errors import ConfigError
 from opsd_megatron.models.backends import Backend, groups_experts, has_fused_weight_gradient
@@ -135,7 +135,7 @@ class Qwen3Spec:
         return shapes[name.split(".")[-2]]
 
     def sharded_sizes(self) -> dict[str, int]:
-        """What tensor parallelism cuts and must divide, by name."""
+        """What tensor parallelism cuts, by name; see :func:`_fitting`."""
         return {"attention heads": self.num_heads, "key/value heads": self.num_kv_heads, "FFN rows": self.ffn_size}
 
     def expert_sizes(self) -> dict[str, int]:
@@ -179,6 +179,7 @@ def check_mesh(spec: Qwen3Spec, config: Config) -> None:
             + _yarn_reach(spec)
         )
     _check_experts(spec, config)
+    check_adapters(spec, config.lora, config, "lora.targets")
     if config.needs_engine:
         _check_engine(spec, config)
 
@@ -197,12 +198,8 @@ def check_sizes(spec: Qwen3Spec, config: Config) -> None:
     Raises:
         ConfigError: Names the keys, their values and values that would work.
     """
-    dimensions = spec.sharded_sizes()
     tp, pp, vpp = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_stages
-    for name, size in dimensions.items():
-        if size % tp:
-            works = _one_of(_common_divisors(dimensions))
-            raise ConfigError(f"parallel.tensor={tp} does not divide the model's {size} {name}; {works} would")
+    _check_tensor("parallel.tensor", tp, spec, spec.sharded_sizes())
     if spec.num_layers < pp * vpp:
         keys = f"parallel.pipeline={pp}" + (f" * parallel.virtual_stages={vpp}" if vpp > 1 else "")
         raise ConfigError(
@@ -211,6 +208,27 @@ def check_sizes(spec: Qwen3Spec, config: Config) -> None:
         )
     if spec.num_experts:
         _check_expert_sizes(spec, config)
+
+
+def check_adapters(spec: Qwen3Spec, lora: LoraConfig, config: Config, where: str) -> None:
+    """Check that a model cut as the mesh asks for can have adapters.
+
+    Args:
+        spec: The model.
+        lora: The adapters, those of the run or of a checkpoint.
+        config: The run.
+        where: What says so, for the message.
+
+    Raises:
+        ConfigError: Query, key and value rows are cut within a head, where projections have no ranks of their own.
+    """
+    tensor, heads = config.parallel.tensor, spec.num_kv_heads
+    fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
+    if lora.rank and fused and tensor > heads:
+        raise ConfigError(
+            f"{where} has {', '.join(fused)}, which parallel.tensor={tensor} leaves no adapters: it is more than the "
+            f"model's {heads} key/value heads; use at most {heads}, or adapters without them"
+        )
 
 
 def _check_expert_sizes(spec: Qwen3Spec, config: Config) -> None:
@@ -253,24 +271,29 @@ def _check_experts(spec: Qwen3Spec, config: Config) -> None:
 
 
 def _check_engine(spec: Qwen3Spec, config: Config) -> None:
-    tensor = config.engine_tensor
-    sizes = spec.sharded_sizes() | spec.expert_sizes()
-    # The engine replicates key/value heads where it has more ranks than heads.
-    if spec.num_kv_heads % tensor and tensor % spec.num_kv_heads == 0:
-        del sizes["key/value heads"]
-    if any(size % tensor for size in sizes.values()):
+    _check_tensor("rollout.tensor", config.engine_tensor, spec, spec.sharded_sizes() | spec.expert_sizes())
+
+
+def _check_tensor(key: str, tensor: int, spec: Qwen3Spec, sizes: dict[str, int]) -> None:
+    works = _fitting(spec, sizes)
+    if tensor not in works:
         found = ", ".join(f"{size} {name}" for name, size in sizes.items())
-        raise ConfigError(
-            f"rollout.tensor={tensor} does not fit the model's {found}; {_one_of(_common_divisors(sizes))} would"
-        )
+        raise ConfigError(f"{key}={tensor} does not fit the model's {found}; {_one_of(works)} would")
+
+
+def _fitting(spec: Qwen3Spec, sizes: dict[str, int]) -> list[int]:
+    """Tensor-parallel sizes that divide all of ``sizes``; of key/value heads there may also be fewer.
+
+    Ranks then share them, equally many each. The engine repeats them; Megatron-Core cuts a head's rows into equal runs.
+    """
+    heads = spec.num_kv_heads
+    divided = math.gcd(*(size for name, size in sizes.items() if name != "key/value heads"))
+    rows = (spec.num_heads // heads + 2) * spec.head_dim
+    return [n for n in _divisors(divided) if heads % n == 0 or (n % heads == 0 and rows % (n // heads) == 0)]
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _common_divisors(sizes: dict[str, int]) -> list[int]:
-    return _divisors(math.gcd(*sizes.values()))
 
 
 def _one_of(values: list[int]) -> str:

@@ -3,7 +3,8 @@
 Megatron-Core keeps two pairs of matrices together:
 
 * ``linear_qkv`` interleaves query, key and value rows by key/value head: ``[q..., k, v]`` of head 0, of head 1, ...;
-  a tensor-parallel shard holds whole heads.
+  a tensor-parallel shard is one of equal runs of these rows: of whole heads, or where there are more shards than
+  key/value heads, of part of one. Megatron-Core then gathers what the rows give before it takes its heads.
 * ``linear_fc1`` stacks gate and up, each shard its own part of both: ``[gate_i; up_i]``.
 
 Experts are spread over expert-parallel ranks, each a run of neighbouring ones, and each of them over
@@ -225,6 +226,9 @@ def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: i
         shard = reader.get(names[0], slice(min(rows.start, spec.vocab_size), min(rows.stop, spec.vocab_size)))
         padding = shard.new_zeros(rows.stop - rows.start - shard.shape[0], spec.hidden_size)
         return torch.cat([shard, padding])
+    if tp > spec.num_kv_heads:
+        slices = _rows_of_part(spec, tp, tp_rank)
+        return torch.cat([reader.get(name, rows) for name, rows in zip(names, slices, strict=True)])
     heads = spec.num_kv_heads // tp
     blocks = [reader.get(name, part(reader.shape(name)[0])).reshape(heads, -1, spec.hidden_size) for name in names]
     return torch.cat(blocks, dim=1).flatten(0, 1)
@@ -242,25 +246,36 @@ def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list
         return [torch.cat([half[i] for half in halves]) for i in range(2)]
     if kind == "vocab":
         return [torch.cat(shards)[: spec.vocab_size]]
+    if len(shards) > spec.num_kv_heads:
+        shards = [torch.cat(shards)]
     blocks = [_by_head(spec, shard) for shard in shards]
     return [torch.cat([block[i] for block in blocks]).flatten(0, 1) for i in range(3)]
 
 
-def split_shard(place: Placement, spec: Qwen3Spec, shard: Tensor) -> tuple[Tensor, ...]:
-    """The parts of a shard by Hugging Face tensor, as views of it.
-
-    Query, key and value rows are ``[kv heads of the shard, rows of a head, H]`` each, since they alternate.
-    """
-    if place.rule.kind == "gate_up":
-        return shard.chunk(2)
-    return _by_head(spec, shard) if place.rule.kind == "qkv" else (shard,)
-
-
 def _by_head(spec: Qwen3Spec, shard: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value rows of a ``linear_qkv`` shard, each ``[kv heads, rows a head, H]``; views."""
-    queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
-    grouped = shard.view(-1, queries + 2 * spec.head_dim, spec.hidden_size)
-    return grouped.split([queries, spec.head_dim, spec.head_dim], dim=1)
+    """Query, key and value rows of a ``linear_qkv`` of whole heads, each ``[kv heads, rows a head, H]``; views."""
+    sizes = _rows_of_head(spec)
+    return shard.view(-1, sum(sizes), spec.hidden_size).split(sizes, dim=1)
+
+
+def _rows_of_head(spec: Qwen3Spec) -> list[int]:
+    """How many query, key and value rows belong to a key/value head."""
+    return [spec.num_heads // spec.num_kv_heads * spec.head_dim, spec.head_dim, spec.head_dim]
+
+
+def _rows_of_part(spec: Qwen3Spec, tp: int, tp_rank: int) -> list[slice]:
+    """The query, key and value rows, some of them none, of a ``linear_qkv`` shard that is part of one head."""
+    parts = tp // spec.num_kv_heads
+    head, part = divmod(tp_rank, parts)
+    sizes = _rows_of_head(spec)
+    length = sum(sizes) // parts
+    start = part * length
+    slices = []
+    for size in sizes:
+        first, last = (min(max(edge, 0), size) for edge in (start, start + length))
+        slices.append(slice(head * size + first, head * size + last))
+        start -= size
+    return slices
 
 
 def spread_shard(
@@ -268,12 +283,17 @@ def spread_shard(
 ) -> list[Tensor]:
     """Full Hugging Face tensors of a parameter in which only one shard's rows or columns are filled in.
 
-    The rest is NaN with ``mark_rest`` and uninitialised memory without. At tp 1, the tensors themselves.
+    The rest is NaN with ``mark_rest`` and uninitialised memory without. At tp 1, the tensors themselves. A shard of
+    part of a key/value head has no such tensors.
     """
     kind = place.rule.kind
     if tp == 1 or kind == "whole":
         return join_shards(place, spec, [shard])
-    own = [part.flatten(0, 1) if kind == "qkv" else part for part in split_shard(place, spec, shard)]
+    own: Sequence[Tensor] = (shard,)
+    if kind == "gate_up":
+        own = shard.chunk(2)
+    elif kind == "qkv":
+        own = [part.flatten(0, 1) for part in _by_head(spec, shard)]
     shapes = [spec.tensor_shape(name) for name in place.hf_names]
     full = [shard.new_full(shape, torch.nan) if mark_rest else shard.new_empty(shape) for shape in shapes]
     for part, whole in zip(own, full, strict=True):

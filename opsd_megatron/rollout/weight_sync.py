@@ -64,11 +64,15 @@ def own_shards(spec: Qwen3Spec, dims: ParallelDims, layout: ShardLayout | None) 
     # Padded by the two to different sizes, a vocabulary is cut in different places.
     alike = spec.vocab_size % layout.vocab_multiple == 0 and spec.vocab_size % dims.tp == 0
     experts_alike = dims.ep == 1 and dims.etp == dims.tp
+    # With fewer of them than ranks, the engine repeats key/value heads; Megatron-Core cuts them.
+    heads_alike = dims.tp <= spec.num_kv_heads
     return frozenset(
         name
         for place in placements(spec)
         for name in place.hf_names
-        if (alike or place.rule not in (EMBEDDING, HEAD)) and (experts_alike or place.expert is None)
+        if (alike or place.rule not in (EMBEDDING, HEAD))
+        and (experts_alike or place.expert is None)
+        and (heads_alike or place.rule.kind != "qkv")
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights in the parts in which ranks keep and store them: by Hugging Face tensor, without regard to one mesh."""
+"""Weights in the parts in which ranks keep and store them, which have the same names on any mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opsd_megatron.models.build import HiddenStatesGPT
 from opsd_megatron.models.lora import effective_weight
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.rules import EMBEDDING
-from opsd_megatron.models.weight_map import Placement, partition_dim, placed_parameters, split_shard
+from opsd_megatron.models.weight_map import Placement, partition_dim, placed_parameters
 
 # Bytes put together in one collective when ranks tell each other their shares.
 _BUCKET = 256 * 2**20
@@ -24,12 +24,12 @@ _BUCKET = 256 * 2**20
 
 @dataclass(frozen=True)
 class Share:
-    """What this rank answers for of one Hugging Face tensor.
+    """What this rank answers for of one tensor.
 
     Attributes:
-        name: The Hugging Face tensor.
-        shard: This rank's tensor-parallel shard of it: a view into the parameter, or with adapters their sum. Query,
-            key and value rows are ``[heads, rows of a head, H]``.
+        name: The Hugging Face tensor's; ``qkv_proj`` is query, key and value rows as Megatron-Core interleaves them,
+            which any tensor parallelism cuts into equal runs.
+        shard: This rank's tensor-parallel shard of it: a view into the parameter, or with adapters their sum.
         dim: The dimension of ``shard`` that data-parallel ranks divide; never the one that tensor parallelism cuts.
         part: This rank's part of it.
         parts: Parts there are; 1 where every rank keeps the whole shard.
@@ -84,7 +84,7 @@ class Shares:
             merged_dtype: Of weights with adapters added; ``None`` for the model's.
         """
         self._placed = list(placed_parameters(chunks, spec, dims))
-        self._spec, self._dims, self._over_data, self._merged_dtype = spec, dims, over_data, merged_dtype
+        self._dims, self._over_data, self._merged_dtype = dims, over_data, merged_dtype
 
     def __iter__(self) -> Iterator[Share]:
         """Every share, in an order that is the same on all ranks that hold equal shards.
@@ -101,7 +101,7 @@ class Shares:
         tp, tp_rank = (dims.etp, dims.etp_rank) if of_expert else (dims.tp, dims.tp_rank)
         # With tied embeddings the last of several stages holds a copy of the first one's.
         copy = place.rule is EMBEDDING and not dims.is_first_stage
-        for name, view in zip(place.hf_names, split_shard(place, self._spec, shard), strict=True):
+        for name, view in _named(place, shard):
             dim = 0 if cut == view.dim() - 1 else view.dim() - 1
             divides = self._over_data and view.dim() > 1 and view.shape[dim] % group.size() == 0
             yield Share(
@@ -115,6 +115,14 @@ class Shares:
                 replica=(int(copy), tp_rank if cut is None else 0, 0 if divides else group.rank()),
                 padded=place.rule.kind == "vocab",
             )
+
+
+def _named(place: Placement, shard: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a shard has a run of rows or columns of, and its runs, as views of it."""
+    if place.rule.kind == "gate_up":
+        yield from zip(place.hf_names, shard.chunk(2), strict=True)
+    else:
+        yield place.hf_names[0].replace(".q_proj.", ".qkv_proj."), shard
 
 
 def fill(shares: Iterable[Share], values: Iterable[Tensor]) -> None:

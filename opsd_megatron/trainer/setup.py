@@ -34,7 +34,7 @@ from opsd_megatron.models.backends import Backend, choose_backend, groups_expert
 from opsd_megatron.models.build import HiddenStatesGPT, build_model
 from opsd_megatron.models.families import read_spec, resolve_model_path
 from opsd_megatron.models.lora import add_adapters
-from opsd_megatron.models.qwen3 import Qwen3Spec, check_mesh
+from opsd_megatron.models.qwen3 import Qwen3Spec, check_adapters, check_mesh
 from opsd_megatron.models.stages import describe_stages
 from opsd_megatron.models.tokenizer import load_tokenizer
 from opsd_megatron.models.weight_map import check_tensors, load_hf_weights
@@ -100,8 +100,8 @@ def check_inputs(config: Config) -> Inputs:
     source = resolve_model_path(config.model.path)
     spec = read_spec(source)
     check_mesh(spec, config)
-    if config.model.backend == "transformer_engine":  # where it is chosen later, build_trainer checks
-        _check_stored_adapters(config, spec, "transformer_engine")
+    # Where the backend is chosen later, build_trainer checks again.
+    _check_stored_adapters(config, spec, "transformer_engine" if config.model.backend == "transformer_engine" else None)
     _check_weights(config, source, spec)
     needs = config.needs
     problems = load_problems(
@@ -176,10 +176,13 @@ def _check_weights(config: Config, source: Path, spec: Qwen3Spec) -> None:
         stop_token_ids(source)
 
 
-def _check_stored_adapters(config: Config, spec: Qwen3Spec, backend: Backend) -> None:
-    """Whether the adapters of the checkpoint that the run starts from can be merged."""
+def _check_stored_adapters(config: Config, spec: Qwen3Spec, backend: Backend | None) -> None:
+    """Whether the adapters of the checkpoint that the run starts from can be merged; ``None``: on any backend."""
     stored = None if config.model.checkpoint is None else adapters_of(config.model.checkpoint)
-    if stored and stored.adapts_mlps and spec.num_experts and groups_experts(backend, config.lora):
+    if stored is None:
+        return
+    check_adapters(spec, stored, config, f"model.checkpoint={config.model.checkpoint}")
+    if backend and stored.adapts_mlps and spec.num_experts and groups_experts(backend, config.lora):
         raise ConfigError(
             f"model.checkpoint={config.model.checkpoint} has adapters on experts, which Transformer Engine's layer for "
             "all of a rank's experts cannot merge; merge them with tools/checkpoint/megatron_to_hf.py and start from "

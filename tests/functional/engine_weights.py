@@ -67,7 +67,11 @@ def part_of(tensors: Mapping[str, Tensor], name: str, size: int, rank: int) -> T
             return torch.stack(both)
         return torch.stack([columns(key + "down_proj.weight") for key in keys])
     if "qkv_proj" in name:
-        return together("qkv_proj", "q_proj", "k_proj", "v_proj")
+        query, key, value = (tensors[name.replace("qkv_proj", part)] for part in ("q_proj", "k_proj", "v_proj"))
+        # Ranks share a head where there are fewer than ranks.
+        heads = min(size, len(key) // len(tensors[name.replace("qkv_proj", "k_norm")]))
+        shared = [part.chunk(heads)[rank * heads // size] for part in (key, value)]
+        return torch.cat([query.chunk(size)[rank], *shared])
     if "gate_up_proj" in name:
         return together("gate_up_proj", "gate_proj", "up_proj")
     if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -35,10 +35,11 @@ _MOE = partial(make_tiny_qwen3_moe, vocab_size=VOCAB, heads=8, kv_heads=4, head_
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 MODELS: dict[str, Callable[[Path], Path]] = {
     "tied": partial(_DENSE, tied=True),
-    "untied": partial(_DENSE, tied=False),
+    # 2 key/value heads: at tp 4 a rank has part of the rows of one.
+    "untied": partial(_DENSE, tied=False, kv_heads=2),
     "moe": _MOE,
-    # The first of two stages has no experts at all.
-    "mixed": partial(_MOE, normalized=False, dense_layers=(0, 1), experts=4),
+    # The first of two stages has no experts at all, and any tensor parallelism cuts the one key/value head.
+    "mixed": partial(_MOE, normalized=False, dense_layers=(0, 1), experts=4, kv_heads=1),
     "yarn": partial(_DENSE, rope=_YARN),
     "yarn-explicit": partial(
         _DENSE, rope=_YARN | {"attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}

@@ -26,8 +26,13 @@ from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 STEPS = 10
 
 _SHAPE: dict[str, Any] = {"num_layers": 5, "heads": 8, "kv_heads": 4, "head_dim": 16}
-MODELS = {"dense": partial(make_tiny_qwen3, **_SHAPE), "moe": partial(make_tiny_qwen3_moe, **_SHAPE)}
-MODELS |= {f"{name}-lora": make for name, make in MODELS.items()}
+MODELS = {
+    "dense": partial(make_tiny_qwen3, **_SHAPE),
+    # Any tensor parallelism cuts the one key/value head.
+    "moe": partial(make_tiny_qwen3_moe, **_SHAPE | {"kv_heads": 1}),
+    "dense-lora": partial(make_tiny_qwen3, **_SHAPE),
+    "moe-lora": partial(make_tiny_qwen3_moe, **_SHAPE),
+}
 # With adapters of a rank that divides by nothing, and the teacher that the student is without them.
 LORA: dict[str, object] = {"lora__rank": 3, "teacher__policy": "adapter_off", "optimizer__lr": 5e-3}
 

@@ -83,8 +83,11 @@ def test_weights_and_optimizer_state_over_four_ranks(untied: Path, tmp_path: Pat
 
 
 def test_interleaved_and_uneven_stages_and_split_sequences(tmp_path: Path) -> None:
-    """5 layers over chunks of 2, 1, 1 and 1, over stages of 2, 1, 1 and 1, of 3 and 2, and all on one."""
-    source = make_tiny_qwen3(tmp_path / "five", num_layers=5)
+    """5 layers over chunks of 2, 1, 1 and 1, over stages of 2, 1, 1 and 1, of 3 and 2, and all on one.
+
+    At tp 2 the one key/value head is cut.
+    """
+    source = make_tiny_qwen3(tmp_path / "five", num_layers=5, kv_heads=1)
     meshes = [Mesh(tp=2, pp=2, vpp=2), Mesh(pp=4), Mesh(pp=2, cp=2), Mesh(tp=2), Mesh(cp=4), Mesh(pp=2, vpp=2)]
     assert run_distributed(travel, 4, source, tmp_path, meshes) == [[True] * 5] * 4
 

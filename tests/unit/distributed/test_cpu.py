@@ -99,12 +99,20 @@ def test_a_cuda_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unequal_parts_are_gathered_and_reduced() -> None:
     """Three rows of rank 0 and one of rank 1; each rank's rows are then summed over both, times rank + 1."""
-    for gathered, reduced in run_distributed(_unequal_parts, 2):
+    for gathered, reduced in run_distributed(_exchange_parts, 2, [3, 1]):
         assert gathered == [[0.0], [0.0], [0.0], [10.0]]
         assert reduced in ([[0.0]] * 3, [[30.0]])
 
 
-def _unequal_parts() -> tuple[list[list[float]], list[list[float]]]:
+@pytest.mark.parametrize("sizes", [[0, 0], [0, 2]])
+def test_parts_may_be_empty(sizes: list[int]) -> None:
+    """As where no token of any rank goes to the experts of these."""
+    for gathered, reduced in run_distributed(_exchange_parts, 2, sizes):
+        assert gathered == [[10.0]] * sum(sizes)
+        assert reduced in ([], [[30.0]] * sizes[1])
+
+
+def _exchange_parts(sizes: list[int]) -> tuple[list[list[float]], list[list[float]]]:
     import torch.distributed as dist
     from megatron.core.tensor_parallel import mappings
 
@@ -112,8 +120,8 @@ def _unequal_parts() -> tuple[list[list[float]], list[list[float]]]:
 
     install_cpu_stand_ins()
     rank, group = dist.get_rank(), dist.group.WORLD
-    own = torch.full((3 - 2 * rank, 1), 10.0 * rank)
-    gathered = mappings._gather_along_first_dim(own, group, [3, 1])
-    reduced = mappings._reduce_scatter_along_first_dim(gathered * (rank + 1), group, [3, 1])
+    own = torch.full((sizes[rank], 1), 10.0 * rank)
+    gathered = mappings._gather_along_first_dim(own, group, sizes)
+    reduced = mappings._reduce_scatter_along_first_dim(gathered * (rank + 1), group, sizes)
     assert len(reduced) == len(own)
     return gathered.tolist(), reduced.tolist()

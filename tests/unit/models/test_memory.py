@@ -142,6 +142,15 @@ def test_activations_of_a_dense_layer(tmp_path: Path) -> None:
     assert estimate(tmp_path, "1.7B", 2, parallel__context=2, **settings).activations == every[0].activations
 
 
+def test_ranks_that_share_a_key_value_head_keep_more(tmp_path: Path) -> None:
+    """By hand: 16 query heads and 8 key/value heads of 128, one and a whole one of which 16 ranks have."""
+    settings: dict[str, object] = {"parallel__sequence": True, "model__recompute": "selective"}
+    shared, own = (estimate(tmp_path, "1.7B", tp, parallel__tensor=tp, **settings).activations for tp in (16, 8))
+    elements = {16: 4 * 2048 / 16 + 4 * (1 + 1) * 128 + (16 + 2 * 8) * 128, 8: 4 * 2048 / 8 + 4 * (2 + 1) * 128}
+    mlp = {tp: 4 * 6144 / tp for tp in elements}
+    assert shared / own == pytest.approx((29 * elements[16] + mlp[16]) / (29 * elements[8] + mlp[8]), rel=1e-6)
+
+
 def test_a_pipeline_keeps_several_micro_batches(tmp_path: Path) -> None:
     one, two = (estimate(tmp_path, "1.7B", 2, parallel__pipeline=size).activations for size in (1, 2))
     assert one == two  # half of the layers, twice

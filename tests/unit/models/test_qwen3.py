@@ -135,7 +135,9 @@ def config(**keys: object) -> Config:
         {},
         {"parallel__tensor": 8, "parallel__pipeline": 7},
         {"model__max_length": 40960},
-        {"parallel__tensor": 1, "rollout__tensor": 16},  # the engine replicates key/value heads
+        {"parallel__tensor": 1, "rollout__tensor": 16},  # ranks share key/value heads
+        {"parallel__tensor": 16},
+        {"parallel__tensor": 16, "lora__rank": 4, "lora__targets": ["o_proj", "up_proj"]},
         {"rollout__max_new_tokens": 40959},
         {"objective__name": "sft", "rollout__max_new_tokens": 50000, "rollout__tensor": 3},  # no engine, no rule
     ],
@@ -147,11 +149,12 @@ def test_meshes_that_fit(keys: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"parallel__tensor": 16}, r"parallel.tensor=16 does not divide .* 8 key/value heads; 1 or 2 or 4 or 8 would"),
-        ({"parallel__tensor": 3}, r"parallel.tensor=3 does not divide .* 16 attention heads; 1 or 2 or 4 or 8 would"),
+        ({"parallel__tensor": 32}, r"parallel.tensor=32 does not fit .* 16 attention heads, .* or 8 or 16 would"),
+        ({"parallel__tensor": 3}, r"parallel.tensor=3 does not fit .* 3072 FFN rows; 1 or 2 or 4 or 8 or 16 would"),
+        ({"parallel__tensor": 16, "lora__rank": 4}, r"lora.targets has q_proj, k_proj, v_proj, .* use at most 8, or "),
         ({"parallel__pipeline": 29}, r"parallel.pipeline=29 makes more stages than the model has layers, 28; lower it"),
         ({"model__max_length": 40961}, r"model.max_length=40961 .* at most 40960"),
-        ({"rollout__tensor": 3}, r"rollout.tensor=3 does not fit .* 3072 FFN rows; 1 or 2 or 4 or 8 would"),
+        ({"rollout__tensor": 3}, r"rollout.tensor=3 does not fit .* 3072 FFN rows; 1 or 2 or 4 or 8 or 16 would"),
         ({"parallel__expert": 2}, r"parallel.expert=2 needs a model with experts, .* use parallel.expert=1"),
         ({"parallel__expert_tensor": 2}, r"parallel.expert_tensor=2 needs a model with experts"),
     ],

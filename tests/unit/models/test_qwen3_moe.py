@@ -106,7 +106,8 @@ def config(**keys: object) -> Config:
         {"parallel__expert": 128},
         {"parallel__tensor": 4, "parallel__sequence": True, "parallel__expert": 8},
         {"parallel__tensor": 4, "parallel__sequence": True, "parallel__expert": 8, "parallel__expert_tensor": 1},
-        {"rollout__tensor": 8},  # the engine replicates the 4 key/value heads
+        {"rollout__tensor": 8},  # ranks share the 4 key/value heads
+        {"parallel__tensor": 8, "parallel__sequence": True, "parallel__expert": 8, "parallel__expert_tensor": 1},
     ],
 )
 def test_meshes_that_fit(keys: dict[str, object], tmp_path: Path) -> None:
@@ -132,11 +133,11 @@ def test_meshes_that_fit(keys: dict[str, object], tmp_path: Path) -> None:
             {"parallel__pipeline": 2},
             r"parallel.pipeline=2 leaves rank 0 of the pipeline no layer with experts.*distributed_optimizer=false",
         ),
-        ({}, {"rollout__tensor": 5}, r"rollout.tensor=5 does not fit .* 768 expert FFN rows; 1 or 2 or 4 would"),
+        ({}, {"rollout__tensor": 5}, r"rollout.tensor=5 does not fit .* 768 expert FFN rows; 1 or 2 or .* or 32 would"),
         (
             {"mlp_only_layers": [0], "intermediate_size": 6145},
             {"parallel__tensor": 2, "parallel__sequence": True},
-            r"parallel.tensor=2 does not divide the model's 6145 FFN rows; 1 would",
+            r"parallel.tensor=2 does not fit .* 6145 FFN rows; 1 would",
         ),
     ],
 )

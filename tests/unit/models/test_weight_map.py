@@ -90,9 +90,9 @@ def test_names_and_shapes_are_those_of_transformers() -> None:
         assert list(hf_shapes(replace(SPEC, tied=tied)).items()) == expected
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_joining_shards_undoes_reading_them(tp: int) -> None:
-    """21 vocabulary rows make 3 rows of padding at tp 4 and 1 at tp 2; none of them comes back."""
+    """21 vocabulary rows make 3 rows of padding at tp 4, 8 and 1 at tp 2; none comes back. At tp 8 heads are cut."""
     reader = random_reader()
     seen = set()
     for place in placements(SPEC):
@@ -116,6 +116,29 @@ def test_query_key_and_value_rows_are_interleaved_by_key_value_head() -> None:
     assert read_shard(place, SPEC, reader, tp=2, tp_rank=0)[:, 0].tolist() == first
     assert read_shard(place, SPEC, reader, tp=2, tp_rank=1)[:, 0].tolist() == second
     assert read_shard(place, SPEC, reader, tp=1, tp_rank=0)[:, 0].tolist() == first + second
+
+
+@pytest.mark.parametrize(
+    ("tp", "shards"),
+    [
+        (2, [[0, 1, 2, 3, 100, 101, 200, 201], [4, 5, 6, 7, 102, 103, 202, 203]]),
+        (4, [[0, 1, 2, 3], [100, 101, 200, 201], [4, 5, 6, 7], [102, 103, 202, 203]]),
+        (8, [[0, 1], [2, 3], [100, 101], [200, 201], [4, 5], [6, 7], [102, 103], [202, 203]]),
+        (16, [[n] for n in (0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203)]),
+    ],
+)
+def test_more_shards_than_key_value_heads_cut_them(tp: int, shards: list[list[int]]) -> None:
+    """By hand: for each of 2 key/value heads 2 query heads of 2 rows, then 2 rows of key and of value."""
+    spec = replace(SPEC, num_heads=4, num_kv_heads=2)
+    tensors = {
+        f"model.layers.0.self_attn.{name}_proj.weight": torch.tensor([[base + row] * 6 for row in range(rows)])
+        for name, base, rows in (("q", 0, 8), ("k", 100, 4), ("v", 200, 4))
+    }
+    place, reader = rule_for("self_attention.linear_qkv.weight"), DictReader(tensors)
+    found = [read_shard(place, spec, reader, tp=tp, tp_rank=rank) for rank in range(tp)]
+    assert [shard[:, 0].tolist() for shard in found] == shards
+    for name, joined in zip(place.hf_names, join_shards(place, spec, found), strict=True):
+        assert torch.equal(joined, tensors[name])
 
 
 def test_each_shard_stacks_its_gate_on_its_up() -> None:

@@ -38,9 +38,9 @@ def test_a_good_run_passes_and_writes_nothing(small: SmallRun, tmp_path: Path) -
     ("keys", "error", "message"),
     [
         (
-            {"parallel__tensor": 4, "parallel__pipeline": 1},
+            {"parallel__tensor": 8, "parallel__pipeline": 1},
             ConfigError,
-            r"parallel\.tensor=4 does not divide .* key/value",
+            r"parallel\.tensor=8 does not fit .* 4 attention heads",
         ),
         ({"parallel__pipeline": 5}, ConfigError, r"parallel\.pipeline=5 makes more stages than .* layers, 4; lower it"),
         (
@@ -77,6 +77,20 @@ def test_adapters_of_a_checkpoint_that_the_backend_cannot_merge(
     for lora in ({}, {"lora__rank": 4, "lora__targets": "[q_proj]"}):
         with pytest.raises(ConfigError, match=r"model\.checkpoint=.*step_1 has adapters on experts.* cannot merge"):
             check(experts, tmp_path / "run", **keys, **lora)
+
+
+def test_adapters_of_a_checkpoint_that_the_mesh_leaves_no_rows(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four tensor-parallel ranks cut the two key/value heads."""
+    keys: dict[str, object] = {"parallel__tensor": 4, "parallel__pipeline": 1, "model__checkpoint": tmp_path / "step_1"}
+    monkeypatch.setattr(setup, "check_checkpoint", lambda *_: None)
+    monkeypatch.setattr(setup, "run_identity", lambda *_, **__: {})
+    monkeypatch.setattr(setup, "adapters_of", lambda _: LoraConfig(4, targets=["o_proj"]))
+    check(small, tmp_path / "run", **keys)
+    monkeypatch.setattr(setup, "adapters_of", lambda _: LoraConfig(4))
+    with pytest.raises(ConfigError, match=r"model\.checkpoint=.*step_1 has q_proj, .* use at most 2, or"):
+        check(small, tmp_path / "run", **keys)
 
 
 @pytest.mark.parametrize(
