@@ -159,7 +159,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize(("tp", "ep", "etp"), [(1, 1, None), (2, 1, None), (2, 2, 1)])
+@pytest.mark.parametrize(("tp", "ep", "etp"), [(1, 1, None), (4, 1, None), (2, 2, 1)])
 def test_every_parameter_has_its_place_and_shape(models: list[Path], tp: int, ep: int, etp: int | None) -> None:
     ranks = run_distributed(build, tp, models, tp, ep, etp)
     for rank in ranks:
