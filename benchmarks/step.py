@@ -5,7 +5,7 @@ sync, in float32, with the full-vocabulary Jensen-Shannon divergence. ``--peer``
 that has TRL 1.16; its `SDFTTrainer` then takes the same steps on the same model, prompts, lengths and threads, in turn
 with ours. Random models hardly ever end a response, so lengths are what the limit says. A step's seconds are the median
 over the steps after the first two; memory is the most that all processes of a run held together (proportional set
-size, sampled five times a second, imports and engine included). Prints a Markdown table, ours by phase.
+size, imports and engine included; see :class:`Peak`). Prints a Markdown table, ours by phase.
 """
 
 from __future__ import annotations
@@ -159,18 +159,11 @@ def peer(case: Case, work: Path, steps: int, python: Path) -> Outcome:
 def run(command: list[str], variables: dict[str, str]) -> tuple[str, int]:
     """What a command prints, and the most memory that it and its children held together, in bytes."""
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak, done = 0, threading.Event()
+    peak, done = Peak(), threading.Event()
 
     def sample() -> None:
-        nonlocal peak
-        most = 0
         while not done.wait(0.2):
-            pids = [process.pid, *descendants(process.pid)]
-            # To count shared pages in part the kernel visits every page, which holds the process up for as long: only
-            # where a count of pages, which costs nothing, has grown.
-            if (pages := sum(map(resident_pages, pids))) > most:
-                most = pages
-                peak = max(peak, sum(map(proportional_set_size, pids)))
+            peak.look([process.pid, *descendants(process.pid)])
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -181,7 +174,35 @@ def run(command: list[str], variables: dict[str, str]) -> tuple[str, int]:
         sampler.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with status {process.returncode}:\n{errors[-4000:]}")
-    return printed, peak
+    return printed, peak.bytes
+
+
+class Peak:
+    """The most proportional set size of processes, looked at again and again.
+
+    To find it the kernel visits every page, which holds a process up. So it is asked only near the most pages so far,
+    whose number costs nothing, and there every other second unless they are more than ever.
+
+    Attributes:
+        bytes: The most so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._pids: list[int] = []
+        self._most_pages = 0
+        self._asked = 0.0
+
+    def look(self, pids: list[int]) -> None:
+        """Count the pages of these processes, shared ones in full, and ask for more where that may be the peak."""
+        if pids != self._pids:  # what another set of processes shares says nothing of these
+            self._pids, self._most_pages = pids, 0
+        pages = sum(map(resident_pages, pids))
+        recent = time.monotonic() < self._asked + 2
+        if pages > self._most_pages or (pages > 0.98 * self._most_pages and not recent):
+            self._most_pages = max(self._most_pages, pages)
+            self.bytes = max(self.bytes, sum(map(proportional_set_size, pids)))
+            self._asked = time.monotonic()
 
 
 def descendants(pid: int) -> list[int]:

@@ -23,7 +23,8 @@ class LoraConfig:
         rank: Rows of each A; need not divide by anything. 0 trains all of the model's weights instead.
         alpha: Scale; ``None``: twice the rank.
         targets: The projections that are adapted. In a layer with experts, ``gate_proj``, ``up_proj`` and ``down_proj``
-            are those of every expert.
+            are those of every expert. ``q_proj``, ``k_proj`` and ``v_proj`` need a ``parallel.tensor`` of at most the
+            model's key/value heads.
     """
 
     rank: int = 0

@@ -1,5 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on Megatron-Core's linear layers, on any mesh.
 
+Except those on ``linear_qkv`` where tensor-parallel ranks share key/value heads (``qwen3.check_adapters``).
+
 Megatron-Core keeps query, key and value in one linear layer, gate and up in another. PEFT adapts each projection by
 itself, with an A and a B of its own, and so does this module: a shared A would be another, smaller model, which no PEFT
 adapter of the same rank stands for. So what trains here is what PEFT would train, parameter by parameter.

@@ -179,7 +179,7 @@ def check_mesh(spec: Qwen3Spec, config: Config) -> None:
             + _yarn_reach(spec)
         )
     _check_experts(spec, config)
-    check_adapters(spec, config.lora, config, "lora.targets")
+    check_adapters(spec, config.lora, config, "lora.targets", otherwise="leave these out of lora.targets")
     if config.needs_engine:
         _check_engine(spec, config)
 
@@ -200,6 +200,11 @@ def check_sizes(spec: Qwen3Spec, config: Config) -> None:
     """
     tp, pp, vpp = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_stages
     _check_tensor("parallel.tensor", tp, spec, spec.sharded_sizes())
+    rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    if rows % tp:
+        raise ConfigError(
+            f"parallel.tensor={tp} does not divide the model's {rows} query, key and value rows; lower it"
+        )
     if spec.num_layers < pp * vpp:
         keys = f"parallel.pipeline={pp}" + (f" * parallel.virtual_stages={vpp}" if vpp > 1 else "")
         raise ConfigError(
@@ -210,7 +215,7 @@ def check_sizes(spec: Qwen3Spec, config: Config) -> None:
         _check_expert_sizes(spec, config)
 
 
-def check_adapters(spec: Qwen3Spec, lora: LoraConfig, config: Config, where: str) -> None:
+def check_adapters(spec: Qwen3Spec, lora: LoraConfig, config: Config, where: str, *, otherwise: str) -> None:
     """Check that a model cut as the mesh asks for can have adapters.
 
     Args:
@@ -218,16 +223,17 @@ def check_adapters(spec: Qwen3Spec, lora: LoraConfig, config: Config, where: str
         lora: The adapters, those of the run or of a checkpoint.
         config: The run.
         where: What says so, for the message.
+        otherwise: What helps beside a smaller ``parallel.tensor``.
 
     Raises:
-        ConfigError: Query, key and value rows are cut within a head, where projections have no ranks of their own.
+        ConfigError: Ranks share key/value heads, and so have query, key and value rows in unequal parts.
     """
     tensor, heads = config.parallel.tensor, spec.num_kv_heads
     fused = [name for name in lora.targets if name in ("q_proj", "k_proj", "v_proj")]
     if lora.rank and fused and tensor > heads:
         raise ConfigError(
             f"{where} has {', '.join(fused)}, which parallel.tensor={tensor} leaves no adapters: it is more than the "
-            f"model's {heads} key/value heads; use at most {heads}, or adapters without them"
+            f"model's {heads} key/value heads; use at most {heads}, or {otherwise}"
         )
 
 
@@ -284,12 +290,11 @@ def _check_tensor(key: str, tensor: int, spec: Qwen3Spec, sizes: dict[str, int])
 def _fitting(spec: Qwen3Spec, sizes: dict[str, int]) -> list[int]:
     """Tensor-parallel sizes that divide all of ``sizes``; of key/value heads there may also be fewer.
 
-    Ranks then share them, equally many each. The engine repeats them; Megatron-Core cuts a head's rows into equal runs.
+    Ranks then share them, equally many each.
     """
     heads = spec.num_kv_heads
     divided = math.gcd(*(size for name, size in sizes.items() if name != "key/value heads"))
-    rows = (spec.num_heads // heads + 2) * spec.head_dim
-    return [n for n in _divisors(divided) if heads % n == 0 or (n % heads == 0 and rows % (n // heads) == 0)]
+    return [n for n in _divisors(divided) if heads % n == 0 or n % heads == 0]
 
 
 def _divisors(number: int) -> list[int]:

@@ -45,7 +45,8 @@ class RMSNorm(torch.nn.Module):
 
     Megatron-Core's own plain-torch norm refuses sequence parallelism. Under it every rank sees part of the sequence,
     so the weight's gradient is a partial sum; the ``sequence_parallel`` mark has ``finalize_model_grads`` complete it.
-    The query and key norms see part of the heads under any tensor parallelism; those it recognises by name.
+    The query and key norms see part of the heads under any tensor parallelism, or of a head that ranks share part of
+    the gradient; those it recognises by name.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
@@ -190,7 +191,7 @@ class PackedAttention(torch.nn.Module):
 
         Args:
             query: ``[T, heads/tp, head_dim]``, T this rank's part under context parallelism.
-            key: ``[T, kv_heads/tp, head_dim]``.
+            key: ``[T, kv_heads/tp, head_dim]``, or one head that ranks share.
             value: Like ``key``.
             attention_mask: Not used: the packing says what is visible.
             packed_seq_params: Where sequences start and end.
@@ -205,7 +206,7 @@ class PackedAttention(torch.nn.Module):
         return _attend_one_by_one(query, key, value, packed_seq_params.pieces).flatten(1)
 
     def _gather(self, key: Tensor, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole sequences, ``[T, kv_heads/tp, head_dim]`` each, in one collective."""
+        """Keys and values of the whole sequences, shaped as before but for their T, in one collective."""
         both = gather_from_sequence_parallel_region(
             torch.stack([key, value], dim=1), tensor_parallel_output_grad=True, group=self.cp_group
         )

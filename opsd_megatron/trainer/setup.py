@@ -100,9 +100,9 @@ def check_inputs(config: Config) -> Inputs:
     source = resolve_model_path(config.model.path)
     spec = read_spec(source)
     check_mesh(spec, config)
+    _check_weights(config, source, spec)
     # Where the backend is chosen later, build_trainer checks again.
     _check_stored_adapters(config, spec, "transformer_engine" if config.model.backend == "transformer_engine" else None)
-    _check_weights(config, source, spec)
     needs = config.needs
     problems = load_problems(
         config.data,
@@ -181,12 +181,12 @@ def _check_stored_adapters(config: Config, spec: Qwen3Spec, backend: Backend | N
     stored = None if config.model.checkpoint is None else adapters_of(config.model.checkpoint)
     if stored is None:
         return
-    check_adapters(spec, stored, config, f"model.checkpoint={config.model.checkpoint}")
+    merged = "merge them with tools/checkpoint/megatron_to_hf.py and start from its output as model.path"
+    check_adapters(spec, stored, config, f"model.checkpoint={config.model.checkpoint}", otherwise=merged)
     if backend and stored.adapts_mlps and spec.num_experts and groups_experts(backend, config.lora):
         raise ConfigError(
             f"model.checkpoint={config.model.checkpoint} has adapters on experts, which Transformer Engine's layer for "
-            "all of a rank's experts cannot merge; merge them with tools/checkpoint/megatron_to_hf.py and start from "
-            "its output as model.path"
+            f"all of a rank's experts cannot merge; {merged}"
         )
 
 

@@ -35,10 +35,10 @@ _MOE = partial(make_tiny_qwen3_moe, vocab_size=VOCAB, heads=8, kv_heads=4, head_
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 MODELS: dict[str, Callable[[Path], Path]] = {
     "tied": partial(_DENSE, tied=True),
-    # 2 key/value heads: at tp 4 a rank has part of the rows of one.
-    "untied": partial(_DENSE, tied=False, kv_heads=2),
+    # Any tensor parallelism cuts the one key/value head.
+    "untied": partial(_DENSE, tied=False, kv_heads=1),
     "moe": _MOE,
-    # The first of two stages has no experts at all, and any tensor parallelism cuts the one key/value head.
+    # The first of two stages has no experts at all; one key/value head.
     "mixed": partial(_MOE, normalized=False, dense_layers=(0, 1), experts=4, kv_heads=1),
     "yarn": partial(_DENSE, rope=_YARN),
     "yarn-explicit": partial(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -112,11 +111,18 @@ def test_a_checkpoint_with_a_teacher_is_one_of_the_student(resumed: Path, tmp_pa
     checkpoint = resumed / "ema/whole/checkpoints/step_6"
     megatron_to_hf(checkpoint, tmp_path / "exported")
     exported, kept = SafetensorsReader(tmp_path / "exported"), teacher_tensors(checkpoint)
-    # Query, key and value rows are one tensor there.
-    parts = {name: f"teacher.{re.sub('[qkv]_proj', 'qkv_proj', name)}" for name in exported.names()}
-    assert set(parts.values()) == kept.keys()
-    for name, part in parts.items():
-        assert "qkv_proj" in part or not torch.equal(exported.get(name), kept[part])
+    weights = {name: exported.get(name) for name in exported.names()}
+    # Query, key and value rows are one tensor there, of one key/value head after the other.
+    for name in [name for name in weights if "q_proj" in name]:
+        parts = [weights.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        heads = len(parts[1]) // len(weights[name.replace("q_proj", "k_norm")])
+        rows = torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
+        weights[name.replace("q_proj", "qkv_proj")] = rows
+    assert {f"teacher.{name}" for name in weights} == kept.keys()
+    for name, student in weights.items():
+        teacher = kept[f"teacher.{name}"]
+        assert teacher.shape == student.shape and not torch.equal(student, teacher)
+        assert (teacher - student).norm() < 0.5 * student.norm()
 
 
 def teacher_tensors(checkpoint: Path) -> Weights:

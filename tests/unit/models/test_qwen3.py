@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,10 @@ def test_meshes_that_fit(keys: dict[str, object]) -> None:
     [
         ({"parallel__tensor": 32}, r"parallel.tensor=32 does not fit .* 16 attention heads, .* or 8 or 16 would"),
         ({"parallel__tensor": 3}, r"parallel.tensor=3 does not fit .* 3072 FFN rows; 1 or 2 or 4 or 8 or 16 would"),
-        ({"parallel__tensor": 16, "lora__rank": 4}, r"lora.targets has q_proj, k_proj, v_proj, .* use at most 8, or "),
+        (
+            {"parallel__tensor": 16, "lora__rank": 4},
+            r"lora.targets has q_proj, k_proj, v_proj, .* use at most 8, or leave .* lora.targets",
+        ),
         ({"parallel__pipeline": 29}, r"parallel.pipeline=29 makes more stages than the model has layers, 28; lower it"),
         ({"model__max_length": 40961}, r"model.max_length=40961 .* at most 40960"),
         ({"rollout__tensor": 3}, r"rollout.tensor=3 does not fit .* 3072 FFN rows; 1 or 2 or 4 or 8 or 16 would"),
@@ -166,3 +170,11 @@ def test_meshes_that_do_not_fit(keys: dict[str, object], message: str) -> None:
 
 def test_the_vocabulary_is_padded_to_equal_shards() -> None:
     assert [SPEC.padded_vocab_size(tp) for tp in (1, 3, 128)] == [151936, 151938, 151936]
+
+
+def test_rows_that_ranks_cannot_share_evenly() -> None:
+    """By hand: 18 heads of 4 rows, 72, over 16 ranks."""
+    spec = replace(SPEC, num_kv_heads=1, head_dim=4)
+    with pytest.raises(ConfigError, match=r"parallel.tensor=16 does not divide the model's 72 query, key and value"):
+        check_mesh(spec, config(parallel__tensor=16))
+    check_mesh(spec, config(parallel__tensor=8, rollout__tensor=16))  # the engine repeats the head

@@ -89,7 +89,9 @@ def test_adapters_of_a_checkpoint_that_the_mesh_leaves_no_rows(
     monkeypatch.setattr(setup, "adapters_of", lambda _: LoraConfig(4, targets=["o_proj"]))
     check(small, tmp_path / "run", **keys)
     monkeypatch.setattr(setup, "adapters_of", lambda _: LoraConfig(4))
-    with pytest.raises(ConfigError, match=r"model\.checkpoint=.*step_1 has q_proj, .* use at most 2, or"):
+    with pytest.raises(
+        ConfigError, match=r"model\.checkpoint=.*step_1 has q_proj, .* use at most 2, or merge them with"
+    ):
         check(small, tmp_path / "run", **keys)
 
 
