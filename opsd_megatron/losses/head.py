@@ -214,8 +214,8 @@ class HeadGradients:
 
         ``main_grad`` is where Megatron-Core's data-parallel wrapper accumulates, in float32 as a rule: a gradient added
         there is not rounded to the weight's dtype first. It then takes what autograd is given for a dummy that is not
-        to be read (``grad_added_to_main_grad``). Where the same weight gets another gradient through autograd (tied
-        embeddings on one stage, marked ``zero_out_wgrad``), autograd is given nothing.
+        to be read (``grad_added_to_main_grad``). Where the same weight may get another gradient through autograd, which
+        would add the dummy to it (tied embeddings on one stage, marked ``zero_out_wgrad``), autograd is given nothing.
 
         Raises:
             RuntimeError: ``scale`` is not 1 though the weight said that it would be; on CUDA found out later.

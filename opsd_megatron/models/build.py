@@ -13,6 +13,7 @@ from torch import Tensor
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.backends import Backend, block_spec, choose_backend, pack_sequences
+from opsd_megatron.models.embedding import RowAccumulatingEmbedding
 from opsd_megatron.models.qwen3 import Qwen3Spec, transformer_config
 from opsd_megatron.models.stages import stage_layers
 from opsd_megatron.models.weight_map import partition_dim, placed_parameters
@@ -28,6 +29,8 @@ class HiddenStatesGPT(GPTModel):
     def __init__(self, *, backend: Backend, **options: Any) -> None:
         super().__init__(**options)
         self._backend = backend
+        if self.pre_process:
+            RowAccumulatingEmbedding.take_over(self.embedding.word_embeddings)
 
     def forward(self, sequences: PackedSequences) -> Tensor:
         """See :func:`forward_packed`."""
