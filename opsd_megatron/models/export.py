@@ -158,7 +158,8 @@ def _exchange(
     """Bring all ranks' shards of a bucket together and put the parameters together from them."""
     stage, of_expert = bucket[0].stage, bucket[0].place.rule.of_expert
     group = dims.expert_group if of_expert else dims.tp_group
-    if group.size() == dims.pp == 1:
+    travels = group.size() > 1 or dims.pp > 1
+    if not travels:
         gathered = [[item.own()] for item in bucket]
     else:
         sizes = [math.prod(item.shape) for item in bucket]
@@ -173,20 +174,23 @@ def _exchange(
             dist.broadcast(flat, src=dist.get_global_rank(dims.pp_group, stage), group=dims.pp_group)
         cut = [row.split(sizes) for row in gather_shards(flat, group, into=rows[1:])]
         gathered = [[row[number].view(item.shape) for row in cut] for number, item in enumerate(bucket)]
+
+    def joined(place: Placement, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        kind = place.rule.kind
         # Joining copies; what is not joined must not go with the scratch memory.
-        gathered = [
-            [shards[0].clone()] if item.place.rule.kind == "whole" else shards
-            for item, shards in zip(bucket, gathered, strict=True)
-        ]
+        if travels and (kind == "whole" or (len(shards) == 1 and kind != "qkv")):
+            shards = [shards[0].clone()]
+        return zip(place.hf_names, join_shards(place, spec, shards), strict=True)
+
     experts = spec.num_experts // dims.ep
     for item, shards in zip(bucket, gathered, strict=True):
         if item.place.expert is None:
-            yield from zip(item.place.hf_names, join_shards(item.place, spec, shards), strict=True)
+            yield from joined(item.place, shards)
             continue
         for rank in range(dims.ep):
             there = replace(item.place, expert=item.place.expert + rank * experts)
             parts = shards[rank * dims.etp : (rank + 1) * dims.etp]
-            yield from zip(there.hf_names, join_shards(there, spec, parts), strict=True)
+            yield from joined(there, parts)
 
 
 def _stages(spec: Qwen3Spec, dims: ParallelDims) -> dict[int, int]:

@@ -235,21 +235,29 @@ def read_shard(place: Placement, spec: Qwen3Spec, reader: TensorReader, *, tp: i
 
 
 def join_shards(place: Placement, spec: Qwen3Spec, shards: list[Tensor]) -> list[Tensor]:
-    """The full Hugging Face tensors of a parameter from all its shards: the inverse of :func:`read_shard`."""
+    """The full Hugging Face tensors of a parameter from all its shards: the inverse of :func:`read_shard`.
+
+    Views of a single shard but for queries, keys and values, whose rows have to be sorted.
+    """
     kind = place.rule.kind
     if kind == "whole":
         return [shards[0]]
     if kind == "columns":
-        return [torch.cat(shards, dim=1)]
+        return [_joined(shards, dim=1)]
     if kind == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+        return [_joined([half[i] for half in halves]) for i in range(2)]
     if kind == "vocab":
-        return [torch.cat(shards)[: spec.vocab_size]]
+        return [_joined(shards)[: spec.vocab_size]]
     if len(shards) > spec.num_kv_heads:
         shards = [torch.cat(shards)]
     blocks = [_by_head(spec, shard) for shard in shards]
     return [torch.cat([block[i] for block in blocks]).flatten(0, 1) for i in range(3)]
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``, which would copy a single part too."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _by_head(spec: Qwen3Spec, shard: Tensor) -> tuple[Tensor, ...]:
