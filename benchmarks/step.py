@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,8 +111,8 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def ours(case: Case, work: Path, steps: int) -> Outcome:
-    """Steps of this package."""
+def ours(case: Case, work: Path, steps: int, settings: Sequence[str] = ()) -> Outcome:
+    """Steps of this package, with further ``settings``, each ``KEY=VALUE``."""
     model = MODELS[case.size](work)
     output = work / f"run_{time.time_ns()}"
     # The peer's prompts: the problem alone, and the problem with the reference after it.
@@ -139,7 +140,7 @@ def ours(case: Case, work: Path, steps: int) -> Outcome:
     command = [sys.executable]
     if case.ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    command += ["-m", "opsd_megatron.train", *(f"{key}={value}" for key, value in overrides.items())]
+    command += ["-m", "opsd_megatron.train", *(f"{key}={value}" for key, value in overrides.items()), *settings]
     _, peak = run(command, environment(max(1, (os.cpu_count() or 1) // case.ranks)))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     phases = {phase: statistics.median(line["seconds"].get(phase, 0.0) for line in lines) for phase in PHASES}
@@ -261,6 +262,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for data, models and runs")
     parser.add_argument("--peer", type=Path, help="python of an environment with trl")
     parser.add_argument("--case", type=Case.parse, nargs="+", default=[Case.parse(text) for text in DEFAULT_CASES])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of our runs")
     parser.add_argument("--steps", type=int, default=6, help=f"the first {WARM_UP} are left out")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
@@ -274,7 +276,7 @@ def main() -> None:
     for case in options.case:
         mine, other = [], []
         for _ in range(options.repeats):
-            mine.append(ours(case, options.work, options.steps))
+            mine.append(ours(case, options.work, options.steps, options.set))
             if options.peer is not None and case.ranks == 1:
                 other.append(peer(case, options.work, options.steps, options.peer))
         print(row(case, median(mine), median(other) if other else None), flush=True)

@@ -71,7 +71,8 @@ class RolloutEngine(Protocol):
     def update_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Replace the engine's weights by the full Hugging Face tensors that ``weights`` yields on every rank.
 
-        Of a tensor, only the part that ``layout`` gives to this rank need be filled in.
+        Of a tensor, only the part that ``layout`` gives to this rank need be filled in. Their memory must last, with
+        the same values, until the engine has slept.
 
         Awake or asleep. An engine that slept holds memory for its weights afterwards: :meth:`sleep` again unless
         :meth:`wake_up` follows at once.
@@ -83,9 +84,10 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give up device memory until :meth:`wake_up`. A no-op on CPU and while asleep.
+        """Give up device memory until :meth:`wake_up`. A no-op while asleep.
 
-        Weights move to host memory, or are dropped after :meth:`drop_weights_asleep`.
+        Weights move to host memory, or are dropped: on CPU, and after :meth:`drop_weights_asleep`. Where
+        :attr:`holds_weights` is false they have to be sent again.
         """
         ...
 

@@ -1,10 +1,11 @@
-"""What vLLM's CPU build (0.32) needs done to it to be reloaded, and to run beside another job."""
+"""What vLLM's CPU build (0.32) needs done to it to be reloaded, to be quick, and to run beside another job."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from opsd_megatron.distributed.collectives import broadcast_object
 
+# The kernels for norms and activations take multiples of so many columns.
+_KERNEL_COLUMNS = 8
+
 
 def vocabulary_in_place(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Load embedding and output head into the tensors that vLLM uses, and pass the other weights on.
+    """Have embedding and output head read what comes for them where it lies, and pass the other weights on.
 
     ``reload_weights`` would make these, by far the largest, anew, pack them and copy them over: seconds and gigabytes.
+    What comes is most often the trainer's own memory, which lasts until its next update; the engine gives up its
+    weights before that. Rows of a larger tensor are copied, and what vLLM pads or holds in another dtype.
 
     Args:
         model: vLLM's model, before the reload starts, which puts other tensors in its place meanwhile.
@@ -30,12 +36,23 @@ def vocabulary_in_place(model: torch.nn.Module, weights: Iterator[tuple[str, Ten
     def rest() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name in used:
-                module, weight = used[name]
-                module.weight_loader(weight, tensor)
+                _take(*used[name], tensor)
             else:
                 yield name, tensor
 
     return rest()
+
+
+def _take(module: Any, weight: Any, tensor: Tensor) -> None:
+    """Make ``tensor``, or this rank's rows of it, what ``weight`` holds."""
+    fits = tensor.shape == weight.shape and tensor.dtype == weight.dtype and tensor.is_contiguous()
+    if fits:
+        weight.data = tensor
+    else:
+        if getattr(weight, "lent", False):
+            weight.data = torch.empty_like(weight.data)  # not into somebody else's memory
+        module.weight_loader(weight, tensor)
+    weight.lent = fits
 
 
 def pack_head(model: torch.nn.Module) -> None:
@@ -50,9 +67,60 @@ def pack_head(model: torch.nn.Module) -> None:
     head.quant_method.process_weights_after_loading(head)
 
 
+def drop_packed(model: torch.nn.Module) -> None:
+    """Free the packed copies of the head and of linear layers, which have nothing else; a reload makes new ones.
+
+    Left are norms, experts, which are packed in place, and the embedding, which is the trainer's or a copy.
+    """
+    for module in model.modules():
+        if hasattr(module, "cpu_linear"):
+            module.cpu_linear = None  # type: ignore[assignment]
+
+
 def _vocabulary(model: torch.nn.Module) -> tuple[Any, Any]:
     """Output head and embedding."""
     return model.get_submodule("lm_head"), model.get_submodule("model.embed_tokens")
+
+
+def use_fused_kernels(model: torch.nn.Module) -> None:
+    """Have norms and activations of vLLM's model run as one operation each, in kernels that its CPU build brings.
+
+    It calls those on GPUs only and composes norms and SwiGLU of PyTorch's operations elsewhere, up to ten for a norm.
+    For the few rows of a decoding step starting them takes most of the time.
+    """
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    for module in model.modules():
+        # Not subclasses, which compute something else.
+        if type(module) is RMSNorm and module.has_weight and module.variance_size_override is None:
+            module.forward = partial(_fused_norm, module)  # type: ignore[method-assign]
+        elif type(module) is SiluAndMul:
+            module.forward = partial(_fused_swiglu, module)  # type: ignore[method-assign]
+
+
+def _fused_norm(norm: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    """What vLLM's ``RMSNorm.forward`` does; with a residual both are changed in place, as its kernel on GPUs has it."""
+    fits = x.shape[-1] % _KERNEL_COLUMNS == 0 and x.dtype == norm.weight.dtype
+    if not fits or not (residual is None or residual.is_contiguous()):
+        return norm.forward_native(x, residual)
+    x = x.contiguous()  # the kernel takes no strides: a rank's queries are a slice of what the product gave
+    if residual is None:
+        out = torch.empty_like(x)
+        torch.ops._C.rms_norm(out, x, norm.weight, norm.variance_epsilon)
+        return out
+    torch.ops._C.fused_add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+    return x, residual
+
+
+def _fused_swiglu(layer: Any, x: Tensor) -> Any:
+    """What vLLM's ``SiluAndMul.forward`` does: ``[..., 2 d] -> [..., d]``."""
+    columns = x.shape[-1] // 2
+    if columns % _KERNEL_COLUMNS:
+        return layer.forward_native(x)
+    out = x.new_empty((*x.shape[:-1], columns))
+    torch.ops._C.silu_and_mul(out, x.contiguous())
+    return out
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:

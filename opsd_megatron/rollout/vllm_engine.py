@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,11 @@ from opsd_megatron.rollout.process import (
 )
 from opsd_megatron.rollout.stop_tokens import stop_token_ids
 from opsd_megatron.rollout.vllm_cpu import (
+    drop_packed,
     forget_expert_kernels,
     pack_head,
     private_shared_memory,
+    use_fused_kernels,
     vocabulary_in_place,
 )
 from opsd_megatron.rollout.vllm_options import engine_options, start_failure
@@ -46,6 +48,7 @@ from opsd_megatron.types import FinishReason, Generation
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.logprobs import FlatLogprobs
     from vllm.outputs import RequestOutput
 
 # What vLLM pads a vocabulary to before it cuts it (its DEFAULT_VOCAB_PADDING_SIZE).
@@ -86,6 +89,7 @@ class VllmEngine:
         self._can_sleep = can_sleep
         self._asleep: frozenset[str] = frozenset()
         self._has_weights = has_weights
+        self._were_sent = False
         self._drops_weights = False
 
     @classmethod
@@ -124,7 +128,8 @@ class VllmEngine:
         with process_state_kept(), private_shared_memory(), uncompiled_on_cpu():
             llm = _build_llm(model_path, config, max_length, read_weights=read_weights)
             if not torch.cuda.is_available():
-                llm.apply_model(pack_head)
+                llm.apply_model(pack_head if read_weights else drop_packed)
+                llm.apply_model(use_fused_kernels)
         world, tensor = dist.get_world_size(), config.engine_tensor
         return cls(
             llm,
@@ -150,12 +155,13 @@ class VllmEngine:
 
         Raises:
             EngineError: A prompt is empty or leaves no room for a response, or the ranks of a replica disagree.
-            AssertionError: :meth:`update_weights` has not run to its end, or the engine is asleep.
+            AssertionError: :meth:`update_weights` has not run to its end since the start or a sleep that dropped the
+                weights, or the engine is asleep.
 
         Ranks: every rank of the world with equal arguments; complete on every rank.
         """
         if not self._has_weights:
-            raise AssertionError("the engine's weights are random: update_weights must run before generate")
+            raise AssertionError("the engine has no weights: update_weights must run before generate")
         if self._asleep:
             raise AssertionError(f"the engine is asleep ({', '.join(sorted(self._asleep))}): wake_up before generate")
         if len(prompts) != len(seeds):
@@ -207,8 +213,9 @@ class VllmEngine:
         ``reload_weights`` puts every layer back into checkpoint layout, runs the model's own ``load_weights`` over the
         iterator (which shards and casts), repacks each layer once its last tensor has come and copies the result into
         the tensors the engine already uses, so CUDA graphs stay valid. Tensors are held until their layer is complete:
-        the iterator must not reuse their storage. A parameter that never comes keeps its old value with no more than a
-        log line; ``weight_sync`` therefore checks the names.
+        the iterator must not reuse their storage, and on CPU those of the vocabulary until the engine sleeps. A
+        parameter that never comes keeps its old value with no more than a log line; ``weight_sync`` therefore checks
+        the names.
 
         Ranks: every rank of the world; each drains its iterator to the end, tensor by tensor in step, since getting
         the next one may be collective.
@@ -224,7 +231,7 @@ class VllmEngine:
         if left is not None:
             raise AssertionError(f"the engine stopped reading weights before {left[0]}")
         self._running.reset_prefix_cache()
-        self._has_weights = True
+        self._has_weights = self._were_sent = True
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self._running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -245,14 +252,21 @@ class VllmEngine:
         self._wake(_SLEEP_TAGS)
 
     def sleep(self) -> None:
-        """See :meth:`RolloutEngine.sleep`. Does nothing where the weights sleep already."""
-        if self._can_sleep and "weights" not in self._asleep:
+        """See :meth:`RolloutEngine.sleep`. Does nothing where the weights sleep already.
+
+        On CPU there is nowhere else for them to be: those that were sent are dropped, those read from disk stay.
+        """
+        if not self._can_sleep:
+            if self._were_sent:
+                self._running.apply_model(drop_packed)
+                self._has_weights = False
+        elif "weights" not in self._asleep:
             self._running.sleep(level=2 if self._drops_weights else 1)
             self._asleep = _SLEEP_TAGS
             self._has_weights = self._has_weights and not self._drops_weights
 
     def drop_weights_asleep(self, resend: Callable[[], object]) -> None:
-        """See :meth:`RolloutEngine.drop_weights_asleep`. Does nothing on CPU, where the engine does not sleep.
+        """See :meth:`RolloutEngine.drop_weights_asleep`. Does nothing on CPU, where they always are.
 
         vLLM's level 2 loses whatever of a model is neither sent nor saved by vLLM itself, which differs between models
         and versions. So greedy responses before and after such a sleep must agree to the last bit of their log-probs.
@@ -345,6 +359,7 @@ def _sampling_params(sampling: Sampling, seed: int, stop_ids: list[int]) -> Samp
         seed=seed,
         stop_token_ids=stop_ids,
         logprobs=0,  # the sampled token's only
+        flat_logprobs=True,
         detokenize=False,
     )
 
@@ -355,7 +370,10 @@ def _generation(request: RequestOutput) -> Generation:
     if output.finish_reason not in reasons or output.logprobs is None:
         raise EngineError(f"the rollout engine ended a response with {output.finish_reason!r}")
     tokens = tuple(output.token_ids)
-    log_probs = tuple(float(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True))
+    found = cast("FlatLogprobs", output.logprobs)
+    if tuple(found.token_ids) != tokens:
+        raise EngineError("the rollout engine gave log-probs of other tokens than it sampled")
+    log_probs = tuple(found.logprobs)
     if not all(map(math.isfinite, log_probs)):
         raise EngineError(
             "the rollout engine computed log-probs that are not finite: its weights or its cache are broken"

@@ -61,8 +61,8 @@ def test_steps_sample_train_and_synchronise(finished: Path) -> None:
         assert ("sync_gb_per_second" in line) == ("sync" in line["seconds"])
     # The last step synchronises twice: before its rollouts and before the evaluation after it.
     assert 2 * lines[1]["sync_gb"] == lines[2]["sync_gb"] == 2 * before["sync_gb"] > 0
-    # The evaluation before the first step has brought the first weights.
-    assert ["sync" in line["seconds"] for line in (before, *lines)] == [True, False, True, True]
+    # The first step too, though the evaluation before it has brought the same weights: on CPU the engine then slept.
+    assert all("sync" in line["seconds"] for line in (before, *lines))
     assert lines[-1]["eval"]["samples_per_problem"] == 2
 
 

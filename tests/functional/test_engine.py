@@ -45,6 +45,8 @@ def make_prompts() -> list[list[int]]:
 
 PROMPTS = make_prompts()
 SEEDS = list(range(100, 100 + len(PROMPTS)))
+# Tensors of the last update: the engine may read them where they lie until it sleeps.
+HANDED_OVER: list[Tensor] = []
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Observed:
     answers: dict[str, list[Generation]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
+    kernels: dict[str, float] = field(default_factory=dict)
     shared_memory: str = ""
 
 
@@ -82,13 +85,16 @@ def engine_config(model: Path, tensor: int, **rollout: Any) -> Config:
 
 
 def update_from(engine: Any, path: Path) -> None:
-    """Hand the stored tensors of ``path`` to the engine, which must have copied them when it returns."""
+    """Hand the stored tensors of ``path`` to the engine; before that, have it sleep and overwrite what it had."""
     from safetensors.torch import load_file
 
+    engine.sleep()
+    for held in HANDED_OVER:
+        held.fill_(torch.nan)
     tensors = load_file(path / "model.safetensors")
     engine.update_weights(iter(tensors.items()))
-    for held in tensors.values():
-        held.fill_(torch.nan)
+    engine.wake_up()
+    HANDED_OVER[:] = tensors.values()
 
 
 def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Observed:
@@ -120,11 +126,40 @@ def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Obs
     if dims is not None:
         sync_weights(engine, *megatron_model(model, dims))
         seen.answers["synced"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    seen.kernels = engine._running.apply_model(kernel_errors)[0]
     engine.sleep()
     engine.wake_up()
+    with pytest.raises(AssertionError, match="update_weights must run before generate"):
+        engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)  # on CPU a sleep drops the weights
     engine.close()
     engine.close()
     return seen
+
+
+def kernel_errors(model: torch.nn.Module) -> dict[str, float]:
+    """Largest difference of each kind of layer from what vLLM composes of PyTorch's operations."""
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    generator = torch.Generator().manual_seed(0)
+    errors: dict[str, float] = {}
+    for module in model.modules():
+        found: list[Tensor] = []
+        if isinstance(module, (RMSNorm, SiluAndMul)):
+            assert "forward" in vars(module), "not replaced"
+        if isinstance(module, RMSNorm):
+            wide = torch.randn(5, 3 * module.hidden_size, generator=generator)
+            x, residual = wide[:, : module.hidden_size], torch.randn(5, module.hidden_size, generator=generator)
+            found += [module(x), module.forward_native(x)]
+            pairs = module(x.clone(), residual.clone()), module.forward_native(x.clone(), residual.clone())
+            found += [tensor for pair in zip(*pairs, strict=True) for tensor in pair]
+        elif isinstance(module, SiluAndMul):
+            x = torch.randn(5, 64, generator=generator)
+            found += [module(x), module.forward_native(x)]
+        for ours, theirs in zip(found[::2], found[1::2], strict=True):
+            kind = type(module).__name__
+            errors[kind] = max(errors.get(kind, 0.0), float((ours - theirs).abs().max()))
+    return errors
 
 
 def observe_untied(model: Path, other: Path) -> list[Generation]:
@@ -396,6 +431,13 @@ def test_sync_from_any_mesh_into_an_engine_of_either_size(outcome: Outcome) -> N
     right = (True, [])
     expected = {f"{kind} {tensor}": [right] * len(meshes) for kind, sizes in SYNCS.items() for tensor, meshes in sizes}
     assert [rank["syncs"] for rank in outcome.ranks] == [expected] * 2
+
+
+@both_sizes
+def test_fused_layers_compute_what_they_replace(outcome: Outcome, tensor: int) -> None:
+    for rank in outcome.ranks:
+        errors = rank[tensor].kernels
+        assert set(errors) == {"RMSNorm", "SiluAndMul"} and max(errors.values()) < 1e-5
 
 
 @both_sizes

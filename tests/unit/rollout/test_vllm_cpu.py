@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_megatron.rollout.vllm_cpu import pack_head, vocabulary_in_place
+from opsd_megatron.rollout.vllm_cpu import (
+    _fused_norm,
+    _fused_swiglu,
+    drop_packed,
+    pack_head,
+    vocabulary_in_place,
+)
 
 
 class Packed(torch.nn.Module):
@@ -51,3 +57,42 @@ def test_the_vocabulary_is_loaded_where_it_is_used_and_packed_once(tied: bool) -
     assert torch.equal(embedding.weight, weights["model.embed_tokens.weight"]) and embedding.cpu_linear is None
     x, expected = torch.randn(2, 3), weights.get("lm_head.weight", embedding.weight)
     assert head.cpu_linear is not None and torch.equal(head.cpu_linear(x), x @ expected.t())
+    drop_packed(model)
+    assert head.cpu_linear is embedding.cpu_linear is None
+
+
+def test_what_is_read_where_it_lies_is_never_written_to() -> None:
+    """Tensors of the right shape and type are taken as they are; what has to be copied goes into other memory."""
+    embedding = Packed(torch.nn.Parameter(torch.zeros(4, 3)))
+    model = torch.nn.Module()
+    model.lm_head, model.model = embedding, torch.nn.ModuleDict({"embed_tokens": embedding})
+
+    def update(tensor: Tensor) -> None:
+        assert not list(vocabulary_in_place(model, iter([("model.embed_tokens.weight", tensor)])))
+        assert torch.equal(embedding.weight.float(), tensor.float())
+
+    lent = torch.randn(4, 3)
+    kept = lent.clone()
+    update(lent)
+    assert embedding.weight.data_ptr() == lent.data_ptr()
+    for other in (torch.randn(3, 4).t(), torch.randn(4, 3).double()):
+        update(lent)
+        update(other)
+        assert embedding.weight.data_ptr() not in (lent.data_ptr(), other.data_ptr())
+        assert embedding.weight.dtype == torch.float32 and torch.equal(lent, kept)
+
+
+def test_what_the_fused_kernels_do_not_take_goes_through_vllms_own_code() -> None:
+    """Odd widths, weights of another dtype, and a residual with strides, which they would misread."""
+
+    class Norm:
+        weight, variance_epsilon = torch.ones(16), 1e-6
+
+        def forward_native(self, *_: object) -> str:
+            return "native"
+
+    norm, x = Norm(), torch.randn(4, 16)
+    assert _fused_norm(norm, torch.randn(4, 12)) == "native"
+    assert _fused_norm(norm, x.bfloat16()) == "native"
+    assert _fused_norm(norm, x, torch.randn(16, 4).t()) == "native"
+    assert _fused_swiglu(norm, torch.randn(4, 24)) == "native"

@@ -15,6 +15,7 @@ import torch
 from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.rollout.vllm_engine import VllmEngine, _generation, share
+from opsd_megatron.types import Generation
 
 T = TypeVar("T")
 
@@ -26,11 +27,22 @@ def test_shares_tile_and_balance(num: int, replicas: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def request(tokens: list[int], log_probs: list[float], of: list[int] | None = None) -> Any:
+    """A finished request, its log-probs in vLLM's flat form."""
+    flat = SimpleNamespace(token_ids=of or tokens, logprobs=log_probs)
+    return SimpleNamespace(outputs=[SimpleNamespace(finish_reason="stop", token_ids=tokens, logprobs=flat)])
+
+
+def test_a_response_comes_with_its_tokens_log_probs() -> None:
+    assert _generation(request([3, 4], [-1.0, -2.0])) == Generation((3, 4), (-1.0, -2.0), "stop")
+    with pytest.raises(EngineError, match="log-probs of other tokens than it sampled"):
+        _generation(request([3, 4], [-1.0, -2.0], of=[3, 5]))
+
+
 def test_log_probs_that_are_not_finite_are_errors() -> None:
     for value in (float("nan"), float("-inf")):
-        output = SimpleNamespace(finish_reason="stop", token_ids=[3], logprobs=[{3: SimpleNamespace(logprob=value)}])
         with pytest.raises(EngineError, match="log-probs that are not finite"):
-            _generation(SimpleNamespace(outputs=[output]))  # type: ignore[arg-type]
+            _generation(request([3], [value]))
 
 
 class SleepingLlm:
@@ -57,10 +69,8 @@ class SleepingLlm:
 
     def generate(self, prompts: list[Any], *_: Any, **__: Any) -> list[Any]:
         assert not self.asleep
-        token = SimpleNamespace(logprob=self._log_prob)
-        output = SimpleNamespace(finish_reason="stop", token_ids=[3], logprobs=[{3: token}])
         self.done.append("sample")
-        return [SimpleNamespace(outputs=[output]) for _ in prompts]
+        return [request([3], [self._log_prob]) for _ in prompts]
 
     def wake_up(self, tags: list[str]) -> None:
         assert tags and self.asleep.issuperset(tags), f"{tags} are not all asleep"
@@ -80,9 +90,12 @@ class SleepingLlm:
         pass
 
 
-def sleeping_engine(*, can_sleep: bool = True, forgets: bool = False) -> tuple[VllmEngine, SleepingLlm]:
+def sleeping_engine(
+    *, can_sleep: bool = True, forgets: bool = False, has_weights: bool = False
+) -> tuple[VllmEngine, SleepingLlm]:
     llm = SleepingLlm(forgets=forgets)
-    return VllmEngine(llm, [0], replicas=1, replica=0, max_length=8, can_sleep=can_sleep), llm  # type: ignore[arg-type]
+    sizes = {"replicas": 1, "replica": 0, "max_length": 8}
+    return VllmEngine(llm, [0], **sizes, can_sleep=can_sleep, has_weights=has_weights), llm  # type: ignore[arg-type]
 
 
 def test_a_synced_engine_wakes_for_its_cache_only() -> None:
@@ -108,14 +121,27 @@ def test_a_synced_engine_goes_back_to_sleep() -> None:
     assert llm.done == ["sleep", "wake weights", "update", "update", "sleep", "wake kv_cache weights"]
 
 
-def test_an_awake_engine_is_updated_in_place_and_one_on_cpu_never_sleeps() -> None:
+def test_an_awake_engine_is_updated_in_place() -> None:
     for can_sleep in (True, False):
         engine, llm = sleeping_engine(can_sleep=can_sleep)
         engine.update_weights(iter([]))
         engine.wake_up()
         assert llm.done == ["update"]
+
+
+def test_on_cpu_a_sleep_drops_weights_that_were_sent_and_no_others() -> None:
+    engine, llm = sleeping_engine(can_sleep=False)
+    engine.update_weights(iter([]))
+    llm.model.lm_head.cpu_linear = "packed"  # type: ignore[assignment]
     engine.sleep()
-    assert llm.done == ["update"]
+    assert llm.model.lm_head.cpu_linear is None and not engine.holds_weights
+    engine.update_weights(iter([]))
+    assert engine.holds_weights
+
+    engine, llm = sleeping_engine(can_sleep=False, has_weights=True)
+    llm.model.lm_head.cpu_linear = "packed"  # type: ignore[assignment]
+    engine.sleep()
+    assert llm.model.lm_head.cpu_linear == "packed" and engine.holds_weights
 
 
 @pytest.mark.parametrize("forgets", [False, True])

@@ -70,7 +70,7 @@ class Recorded:
 def test_the_trainer_s_memory_goes_first_and_comes_back_last(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch, offload=True)
     assert recorded.sample() == ["offload", "update_weights", "wake_up", "generate", "sleep", "restore"]
-    # An evaluation after the same step: the engine has its weights.
+    # An evaluation after the same step: an engine that keeps its weights asleep, as on GPUs, has them.
     assert recorded.sample() == ["offload", "wake_up", "generate", "sleep", "restore"]
     recorded.trainer.completed = 1
     assert recorded.sample() == ["offload", *SYNC, *SAMPLE, "restore"]
