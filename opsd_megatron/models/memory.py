@@ -127,7 +127,7 @@ def estimate_memory(
         teacher=teacher + heads[stage] * size,
         offloaded=leaves + (teacher if config.teacher.offload else 0) + heads[stage] * size,
         activations=_activations(spec, config),
-        engine_weights=total * size // config.engine_tensor if config.needs_engine else 0,
+        engine_weights=(total + _repeated(spec, config)) * size // config.engine_tensor if config.needs_engine else 0,
         checkpoint=_checkpoint(spec, config, total),
         cache_token=cache_token_bytes(spec, config),
     )
@@ -137,6 +137,12 @@ def cache_token_bytes(spec: Qwen3Spec, config: Config) -> int:
     """Bytes of one token's keys and values in a rank's part of the rollout engine."""
     size = 2 if config.model.dtype == "bfloat16" else _FLOAT32
     return 2 * size * spec.num_layers * max(spec.num_kv_heads // config.engine_tensor, 1) * spec.head_dim
+
+
+def _repeated(spec: Qwen3Spec, config: Config) -> int:
+    """Parameters of the key/value heads that an engine of more ranks than heads holds again."""
+    copies = max(config.engine_tensor // spec.num_kv_heads, 1) - 1
+    return copies * 2 * spec.num_kv_heads * spec.head_dim * spec.hidden_size * spec.num_layers
 
 
 def _checkpoint(spec: Qwen3Spec, config: Config, total: int) -> int:

@@ -61,6 +61,14 @@ def test_tensor_parallelism_cuts_all_but_the_norms(tmp_path: Path) -> None:
     assert parts.optimizer == 6 * parts.weights
 
 
+def test_an_engine_repeats_heads_that_its_ranks_share(tmp_path: Path) -> None:
+    def together(engine: int) -> int:
+        return engine * estimate(tmp_path, "1.7B", 16, rollout__tensor=engine).engine_weights
+
+    assert together(8) == together(1)
+    assert together(16) - together(1) == 2 * 28 * 2 * 8 * 128 * 2048  # 8 heads' keys and values, in bfloat16
+
+
 def test_a_tied_pipeline_holds_the_embedding_at_both_ends(tmp_path: Path) -> None:
     embedding, layer = 151936 * 2048, (1_720_574_976 - 151936 * 2048 - 2048) // 28
     piped = estimate(tmp_path, "1.7B", 2, parallel__pipeline=2)
