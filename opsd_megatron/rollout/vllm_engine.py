@@ -26,6 +26,7 @@ from torch import Tensor
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.collectives import gather_objects
 from opsd_megatron.errors import EngineError
+from opsd_megatron.rollout.cpu_sampling import draw_by_blocks
 from opsd_megatron.rollout.engine import Sampling, ShardLayout
 from opsd_megatron.rollout.process import (
     default_group_kept,
@@ -130,6 +131,7 @@ class VllmEngine:
             if not torch.cuda.is_available():
                 llm.apply_model(pack_head if read_weights else drop_packed)
                 llm.apply_model(use_fused_kernels)
+                llm.collective_rpc(draw_by_blocks)
         world, tensor = dist.get_world_size(), config.engine_tensor
         return cls(
             llm,
