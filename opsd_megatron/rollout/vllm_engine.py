@@ -26,7 +26,6 @@ from torch import Tensor
 from opsd_megatron.config import Config
 from opsd_megatron.distributed.collectives import gather_objects
 from opsd_megatron.errors import EngineError
-from opsd_megatron.rollout.cpu_sampling import draw_by_blocks
 from opsd_megatron.rollout.engine import Sampling, ShardLayout
 from opsd_megatron.rollout.process import (
     default_group_kept,
@@ -44,6 +43,7 @@ from opsd_megatron.rollout.vllm_cpu import (
     use_fused_kernels,
     vocabulary_in_place,
 )
+from opsd_megatron.rollout.vllm_cpu_sampling import draw_by_blocks
 from opsd_megatron.rollout.vllm_options import engine_options, start_failure
 from opsd_megatron.types import FinishReason, Generation
 
@@ -64,8 +64,8 @@ class VllmEngine:
     What a response depends on: every request is drawn by a generator of its own, seeded with its seed, so other
     requests and the replica enter only through rounding. Measured on CPU: in float32 a response and its log-probs are
     the same bit for bit in any batch, and equal to 2e-6 between engine sizes 1 and 2. In bfloat16 matrix products round
-    differently for different batch sizes: log-probs moved by up to 0.06 and one response in ten changed (a random model
-    of hidden size 512, 33 requests against 40). The same call on the same mesh repeats bit for bit in either.
+    differently for different batch sizes: log-probs moved by up to 0.06, and in one run a response in ten changed, in
+    others none (a random model of hidden size 512, 33 requests against 40). The same call on the same mesh repeats bit for bit in either.
     """
 
     def __init__(

@@ -36,6 +36,11 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=NEW_TOKEN
 NARROWED = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_new_tokens=NEW_TOKENS)
 
 
+# One prompt's next token, often enough to count.
+COUNTED = Sampling(temperature=0.3, top_p=1.0, top_k=20, max_new_tokens=1)
+DRAWS = 1000
+
+
 def make_prompts() -> list[list[int]]:
     """An odd number of prompts of different lengths, so that two replicas get unequal shares; one is drawn twice."""
     draw = random.Random(0)
@@ -113,6 +118,7 @@ def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Obs
     seen.answers["again"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
     seen.answers["greedy"] = engine.generate(PROMPTS, GREEDY, seeds=SEEDS)
     seen.answers["narrowed"] = engine.generate(PROMPTS, NARROWED, seeds=SEEDS)
+    seen.answers["counted"] = engine.generate([PROMPTS[0]] * DRAWS, COUNTED, seeds=range(DRAWS))
     seen.answers["one"] = engine.generate(PROMPTS[:1], SAMPLED, seeds=SEEDS[:1])  # fewer prompts than replicas
     for name, prompt in (("empty", []), ("long", [1] * MAX_LENGTH)):
         with pytest.raises(EngineError) as error:
@@ -402,6 +408,18 @@ def test_responses_repeat_with_their_seed_and_differ_without(outcome: Outcome, t
     assert outcome.answers(tensor, "again") == sampled
     assert sampled[-1].token_ids != sampled[0].token_ids  # the same prompt, another seed
     assert outcome.answers(tensor, "updated") != sampled
+
+
+@both_sizes
+def test_tokens_come_as_often_as_they_should(outcome: Outcome, references: dict[str, Any], tensor: int) -> None:
+    """The 20 likeliest, with the softmax of their logits over the temperature; chi-squared, 19 degrees of freedom."""
+    logits = reference_logits(references["model"], PROMPTS[0], (0,))[0]
+    top = logits.topk(20)
+    expected = DRAWS * (top.values / COUNTED.temperature).softmax(-1)
+    drawn = torch.tensor([answer.token_ids[0] for answer in outcome.answers(tensor, "counted")])
+    observed = (drawn[:, None] == top.indices).sum(0)
+    assert observed.sum() == DRAWS
+    assert ((observed - expected).square() / expected).sum() < 43.8  # passed by one in 1,000
 
 
 def test_responses_do_not_depend_on_the_engine_size(outcome: Outcome) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_megatron.rollout.cpu_sampling import draw
+from opsd_megatron.rollout.vllm_cpu_sampling import draw
 
 
 def seeded(count: int, first: int = 0) -> dict[int, torch.Generator]:
