@@ -65,7 +65,8 @@ class VllmEngine:
     requests and the replica enter only through rounding. Measured on CPU: in float32 a response and its log-probs are
     the same bit for bit in any batch, and equal to 2e-6 between engine sizes 1 and 2. In bfloat16 matrix products round
     differently for different batch sizes: log-probs moved by up to 0.06, and in one run a response in ten changed, in
-    others none (a random model of hidden size 512, 33 requests against 40). The same call on the same mesh repeats bit for bit in either.
+    others none (a random model of hidden size 512, 33 requests against 40). The same call on the same mesh repeats bit
+    for bit in either.
     """
 
     def __init__(
