@@ -269,7 +269,8 @@ def main() -> None:
     if options.steps <= WARM_UP:
         parser.error(f"--steps must be more than the {WARM_UP} that are left out")
     options.work.mkdir(parents=True, exist_ok=True)
-    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {options.steps} steps, {options.repeats} runs\n")
+    settings = [f"{os.cpu_count()} cores", f"{options.steps} steps", f"{options.repeats} runs", *options.set]
+    print(f"{time.strftime('%Y-%m-%d')}, {', '.join(settings)}\n")
     head = ["model", "problems x tokens", "ranks", "s a step", *PHASES, "response tokens/s", "GiB"]
     head += ["TRL: s a step", "TRL: GiB", "times as fast", "memory"]
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head), flush=True)

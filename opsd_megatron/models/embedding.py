@@ -19,7 +19,7 @@ class RowAccumulatingEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
     """Adds its gradient to the rows of ``weight.main_grad`` that it looked up.
 
     Autograd would make a tensor as large as the weight for every micro-batch, almost all of it zeros, in the weight's
-    dtype, and Megatron-Core then add that to ``main_grad``. Where there is no ``main_grad``, all is as it was.
+    dtype, and Megatron-Core then add that to ``main_grad``. Without ``main_grad`` it is left to autograd.
     """
 
     @staticmethod

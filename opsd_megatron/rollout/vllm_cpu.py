@@ -24,7 +24,8 @@ def vocabulary_in_place(model: torch.nn.Module, weights: Iterator[tuple[str, Ten
 
     ``reload_weights`` would make these, by far the largest, anew, pack them and copy them over: seconds and gigabytes.
     What comes is most often the trainer's own memory, which lasts until its next update; the engine gives up its
-    weights before that. Rows of a larger tensor are copied, and what vLLM pads or holds in another dtype.
+    weights before that. Copied is what does not fit as it is: a tensor of which this rank reads some rows only, what
+    vLLM pads, or holds in another dtype.
 
     Args:
         model: vLLM's model, before the reload starts, which puts other tensors in its place meanwhile.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Entries of a block: the noise is smallest near the square root of the vocabulary, and this divides Qwen3's.
+# Entries of a block: the noise is least near the square root of the vocabulary, and this divides Qwen3's. Another
+# vocabulary has blocks of the greatest common divisor: with an odd one as many random numbers as entries.
 _BLOCK = 128
 
 

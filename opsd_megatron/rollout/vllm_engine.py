@@ -257,7 +257,8 @@ class VllmEngine:
     def sleep(self) -> None:
         """See :meth:`RolloutEngine.sleep`. Does nothing where the weights sleep already.
 
-        On CPU there is nowhere else for them to be: those that were sent are dropped, those read from disk stay.
+        On CPU there is nowhere else for them to be: those that were sent are dropped, those read from disk stay. That
+        frees the packed copies of linear layers and of the head, not experts, which are packed in place.
         """
         if not self._can_sleep:
             if self._were_sent:
@@ -269,7 +270,7 @@ class VllmEngine:
             self._has_weights = self._has_weights and not self._drops_weights
 
     def drop_weights_asleep(self, resend: Callable[[], object]) -> None:
-        """See :meth:`RolloutEngine.drop_weights_asleep`. Does nothing on CPU, where they always are.
+        """See :meth:`RolloutEngine.drop_weights_asleep`. Does nothing on CPU, where every sleep drops them.
 
         vLLM's level 2 loses whatever of a model is neither sent nor saved by vLLM itself, which differs between models
         and versions. So greedy responses before and after such a sleep must agree to the last bit of their log-probs.

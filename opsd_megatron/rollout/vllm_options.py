@@ -56,7 +56,10 @@ def engine_options(model_path: Path, config: Config, max_length: int, *, read_we
             "kv_cache_memory_bytes": _cpu_cache_bytes(model_path, config, max_length),
             "enforce_eager": True,
             "max_num_seqs": _CPU_MAX_SEQUENCES,
-            "max_num_batched_tokens": _CPU_MAX_BATCHED_TOKENS,
+            # A prompt cut in two draws a token too many, and vLLM then sets its generator back, which one on CPU
+            # refuses ("CPU Generator does not use offset"). Whole prompts need room for the longest.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_CPU_MAX_BATCHED_TOKENS, max_length),
         }
     return options
 

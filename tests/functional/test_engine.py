@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from opsd_megatron.config import Config, ModelConfig, ParallelConfig, RolloutConfig
 from opsd_megatron.errors import EngineError
+from opsd_megatron.rollout import vllm_cpu_sampling
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
+from tests.functional.engine_parts import kernel_errors, processed_error
 from tests.functional.engine_weights import number_of_weights, part_of, weights_as_loaded
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
@@ -39,6 +42,9 @@ NARROWED = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_new_tokens=NEW_TOK
 # One prompt's next token, often enough to count.
 COUNTED = Sampling(temperature=0.3, top_p=1.0, top_k=20, max_new_tokens=1)
 DRAWS = 1000
+# More tokens of prompts, for each of two replicas, than vLLM runs through the model at a time; some stand alone again.
+CROWD = [[(7 * first + step) % 256 for step in range(100)] for first in range(180)]
+BRIEF = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=4)
 
 
 def make_prompts() -> list[list[int]]:
@@ -62,6 +68,8 @@ class Observed:
     errors: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     kernels: dict[str, float] = field(default_factory=dict)
+    draws: int = 0
+    processed: float = torch.nan
     shared_memory: str = ""
 
 
@@ -115,10 +123,14 @@ def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Obs
         engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
     update_from(engine, model)
     seen.answers["sampled"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
-    seen.answers["again"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    with mock.patch.object(vllm_cpu_sampling, "draw", wraps=vllm_cpu_sampling.draw) as draw:
+        seen.answers["again"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
+    seen.draws = draw.call_count
     seen.answers["greedy"] = engine.generate(PROMPTS, GREEDY, seeds=SEEDS)
     seen.answers["narrowed"] = engine.generate(PROMPTS, NARROWED, seeds=SEEDS)
     seen.answers["counted"] = engine.generate([PROMPTS[0]] * DRAWS, COUNTED, seeds=range(DRAWS))
+    seen.answers["crowd"] = engine.generate(CROWD, BRIEF, seeds=range(len(CROWD)))
+    seen.answers["few"] = engine.generate(CROWD[-5:], BRIEF, seeds=range(len(CROWD))[-5:])
     seen.answers["one"] = engine.generate(PROMPTS[:1], SAMPLED, seeds=SEEDS[:1])  # fewer prompts than replicas
     for name, prompt in (("empty", []), ("long", [1] * MAX_LENGTH)):
         with pytest.raises(EngineError) as error:
@@ -133,6 +145,7 @@ def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Obs
         sync_weights(engine, *megatron_model(model, dims))
         seen.answers["synced"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
     seen.kernels = engine._running.apply_model(kernel_errors)[0]
+    seen.processed = processed_error()
     engine.sleep()
     engine.wake_up()
     with pytest.raises(AssertionError, match="update_weights must run before generate"):
@@ -140,32 +153,6 @@ def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Obs
     engine.close()
     engine.close()
     return seen
-
-
-def kernel_errors(model: torch.nn.Module) -> dict[str, float]:
-    """Largest difference of each kind of layer from what vLLM composes of PyTorch's operations."""
-    from vllm.model_executor.layers.activation import SiluAndMul
-    from vllm.model_executor.layers.layernorm import RMSNorm
-
-    generator = torch.Generator().manual_seed(0)
-    errors: dict[str, float] = {}
-    for module in model.modules():
-        found: list[Tensor] = []
-        if isinstance(module, (RMSNorm, SiluAndMul)):
-            assert "forward" in vars(module), "not replaced"
-        if isinstance(module, RMSNorm):
-            wide = torch.randn(5, 3 * module.hidden_size, generator=generator)
-            x, residual = wide[:, : module.hidden_size], torch.randn(5, module.hidden_size, generator=generator)
-            found += [module(x), module.forward_native(x)]
-            pairs = module(x.clone(), residual.clone()), module.forward_native(x.clone(), residual.clone())
-            found += [tensor for pair in zip(*pairs, strict=True) for tensor in pair]
-        elif isinstance(module, SiluAndMul):
-            x = torch.randn(5, 64, generator=generator)
-            found += [module(x), module.forward_native(x)]
-        for ours, theirs in zip(found[::2], found[1::2], strict=True):
-            kind = type(module).__name__
-            errors[kind] = max(errors.get(kind, 0.0), float((ours - theirs).abs().max()))
-    return errors
 
 
 def observe_untied(model: Path, other: Path) -> list[Generation]:
@@ -184,7 +171,7 @@ def observe_untied(model: Path, other: Path) -> list[Generation]:
 # vocabulary included (320 entries are a multiple of vLLM's 64), no tensor crosses a rank.
 SYNCS: dict[str, list[tuple[int, list[ParallelConfig]]]] = {
     "dense": [
-        (1, [ParallelConfig(tensor=2)]),
+        (1, [ParallelConfig(tensor=2), ParallelConfig()]),  # the second lends the trainer's embedding
         (2, [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)]),
     ],
     "experts": [
@@ -197,8 +184,9 @@ SYNCS: dict[str, list[tuple[int, list[ParallelConfig]]]] = {
 def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[tuple[bool, list[str]]]]:
     """Of every sync: whether the engine then samples what it does from the same weights on disk, and what it holds.
 
-    The latter is the names of what differs from the published tensors in any bit, or is missing. Between the two the
-    engine has other weights. The first sync of each engine marks what it must not read.
+    The latter is the names of what differs from the published tensors in any bit, or is missing; the trainer's own too,
+    should the engine have written to them by the end of its next update. Between the two the engine has other weights.
+    The first sync of each engine marks what it must not read.
     """
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.rollout.vllm_engine import VllmEngine
@@ -214,11 +202,15 @@ def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[tuple[
                 update_from(engine, other)
                 changed = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS) != expected
                 dims = ParallelDims.initialize(parallel)
+                trained = megatron_model(model, dims, parallel)
+                kept = [(weight, weight.clone()) for chunk in trained[0] for weight in chunk.parameters()]
                 (held_by,) = engine._running.apply_model(lambda model: model)
                 with weights_as_loaded(held_by) as held:
-                    sync_weights(engine, *megatron_model(model, dims, parallel), mark_rest=number == 0)
+                    sync_weights(engine, *trained, mark_rest=number == 0)
                 synced = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
                 wrong = differing(held, model, tensor)
+                update_from(engine, other)
+                wrong += ["the trainer's" for weight, copy in kept if not torch.equal(weight, copy)]
                 dims.destroy()
                 outcomes.setdefault(f"{kind} {tensor}", []).append((changed and synced == expected, wrong))
             engine.close()
@@ -408,6 +400,18 @@ def test_responses_repeat_with_their_seed_and_differ_without(outcome: Outcome, t
     assert outcome.answers(tensor, "again") == sampled
     assert sampled[-1].token_ids != sampled[0].token_ids  # the same prompt, another seed
     assert outcome.answers(tensor, "updated") != sampled
+
+
+@both_sizes
+def test_prompts_of_more_tokens_than_fit_a_step_are_answered_alike(outcome: Outcome, tensor: int) -> None:
+    assert outcome.answers(tensor, "crowd")[-5:] == outcome.answers(tensor, "few")
+
+
+@both_sizes
+def test_vllm_draws_tokens_as_it_is_told_to(outcome: Outcome, tensor: int) -> None:
+    for rank in outcome.ranks:
+        assert rank[tensor].draws >= NEW_TOKENS
+        assert rank[tensor].processed < 1e-5
 
 
 @both_sizes

@@ -60,6 +60,7 @@ def _stage(path: Path) -> None:
     from opsd_megatron.checkpoint.hf_io import SafetensorsReader
     from opsd_megatron.distributed.parallel import ParallelDims
     from opsd_megatron.models.build import build_model
+    from opsd_megatron.models.embedding import RowAccumulatingEmbedding
     from opsd_megatron.models.export import export_hf_weights
     from opsd_megatron.models.families import read_spec
     from opsd_megatron.models.weight_map import load_hf_weights
@@ -73,6 +74,8 @@ def _stage(path: Path) -> None:
     (model,) = chunks
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     _check_marks(dict(model.named_parameters()), dims)
+    if dims.is_first_stage:
+        assert isinstance(model.embedding.word_embeddings, RowAccumulatingEmbedding)
     if dims.is_last_stage:
         head = model.output_head()
         rows = reader.get("model.embed_tokens.weight").bfloat16()

@@ -48,6 +48,13 @@ def test_the_cache_on_cpu_holds_a_step_s_responses(tmp_path: Path, monkeypatch: 
     assert size(10**7) > 10**7 * token // 2  # one sequence has to fit, however long
 
 
+def test_on_cpu_a_prompt_is_never_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for max_length in (512, 20_000):
+        options = engine_options(Path("model"), config(), max_length, read_weights=False)
+        assert not options["enable_chunked_prefill"] and options["max_num_batched_tokens"] >= max_length
+
+
 def test_weights_and_log_probs_are_as_asked_for() -> None:
     one = config()
     assert engine_options(Path("model"), one, 512, read_weights=True)["load_format"] == "auto"
