@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples/quickstart"
 GIB = 2**30
 WARM_UP = 2
-PHASES = ("sync", "rollout", "pack", "teacher", "student")
+PHASES = ("sync", "rollout", "pack", "teacher", "student", "optimizer")
 DEFAULT_CASES = ["0.64M:32:36", "103M:8:64", "103M:8:256", "103M:8:1024", "103M:8:256:2"]
 
 
@@ -144,7 +144,7 @@ def ours(case: Case, work: Path, steps: int, settings: Sequence[str] = ()) -> Ou
     _, peak = run(command, environment(max(1, (os.cpu_count() or 1) // case.ranks)))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     phases = {phase: statistics.median(line["seconds"].get(phase, 0.0) for line in lines) for phase in PHASES}
-    return Outcome(statistics.median(sum(line["seconds"].values()) for line in lines), phases, peak)
+    return Outcome(statistics.median(line["step_seconds"] for line in lines), phases, peak)
 
 
 def peer(case: Case, work: Path, steps: int, python: Path) -> Outcome:

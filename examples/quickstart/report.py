@@ -55,7 +55,7 @@ class Run:
         seconds = [step["seconds"] for step in self.steps]
         usual = {
             phase: [each[phase] for each in seconds if phase in each]
-            for phase in ("rollout", "pack", "teacher", "student", "sync")
+            for phase in ("rollout", "pack", "teacher", "student", "optimizer", "sync")
         }
         return {phase: _median(values) for phase, values in usual.items() if 2 * len(values) > len(seconds)}
 

@@ -72,7 +72,7 @@ class StepFlops:
 
     def report(self, samples: Sequence[AlignedSample], seconds: Mapping[str, float]) -> dict[str, float]:
         """The metrics of a step: its FLOPs by the seconds of the phases that they are spent in."""
-        spent = seconds.get("teacher", 0.0) + seconds.get("student", 0.0)
+        spent = sum(seconds.get(phase, 0.0) for phase in ("teacher", "student", "optimizer"))
         if not samples or not spent:
             return {}
         tflops = self.of(samples) / spent / self.world_size / 1e12

@@ -61,7 +61,7 @@ class StepReporter:
             return
         packed = sum(sample.student_tokens + sample.teacher_tokens for sample in samples)
         seconds = timer.seconds
-        phases = ("offload", "sync", "rollout", "judge", "pack", "teacher", "student")
+        phases = ("offload", "sync", "rollout", "judge", "pack", "teacher", "student", "optimizer")
         trained = sum(seconds.get(phase, 0.0) for phase in phases)
         line: dict[str, Any] = {
             "step": step,

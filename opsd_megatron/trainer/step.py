@@ -17,6 +17,7 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.build import forward_packed
 from opsd_megatron.models.hidden import response_hidden
 from opsd_megatron.objectives.base import LossOutput, Objective, RatioObjective
+from opsd_megatron.telemetry.timers import PhaseTimer
 from opsd_megatron.trainer.optimizer import Trainable
 from opsd_megatron.types import PackedMicroBatch, TeacherTargets
 
@@ -86,6 +87,7 @@ def optimizer_step(
     *,
     accept: Callable[[Mapping[str, float]], None] = lambda metrics: None,
     advance: bool = True,
+    timer: PhaseTimer | None = None,
 ) -> StepResult:
     """Accumulate gradients over micro-batches and update the weights.
 
@@ -100,21 +102,15 @@ def optimizer_step(
         dims: The mesh.
         accept: Sees the metrics, equal on every rank, before the update, and raises where there must be none.
         advance: Move the schedule on first: in the first update of a step.
+        timer: Charged with the phases ``student``, the gradients and their reduction, and ``optimizer``.
 
     Raises:
         FloatingPointError: The loss or a gradient is not finite; the weights are left as they were.
     """
-    for chunk in trainable.chunks:
-        chunk.zero_grad_buffer()
-    trainable.optimizer.zero_grad()
-    try:
-        outputs = _forward_backward(trainable.chunks, objective, micro_batches, targets, dims)
-    except RuntimeError as error:
-        # Megatron's check of the gradients before they are reduced, which has no type of its own.
-        if "grad norm" not in str(error):
-            raise
-        raise FloatingPointError("a gradient is not finite") from error
-    metrics, maxima, rows = _reduce_metrics(outputs, micro_batches, dims)
+    timer = timer or PhaseTimer()
+    with timer("student"):
+        outputs = _gradients(trainable, objective, micro_batches, targets, dims)
+        metrics, maxima, rows = _reduce_metrics(outputs, micro_batches, dims)
     if not math.isfinite(metrics["loss"]):
         raise FloatingPointError(f"the loss is {metrics['loss']}")
     accept(metrics)
@@ -123,8 +119,29 @@ def optimizer_step(
     if advance:
         trainable.scheduler.step(1)
     lr = trainable.scheduler.get_lr({})
-    _, grad_norm, _ = trainable.optimizer.step()
+    with timer("optimizer"):
+        _, grad_norm, _ = trainable.optimizer.step()
     return StepResult(metrics, float(grad_norm or 0.0), lr, rows, maxima)
+
+
+def _gradients(
+    trainable: Trainable,
+    objective: Objective,
+    micro_batches: Sequence[PackedMicroBatch],
+    targets: MutableSequence[TeacherTargets | None],
+    dims: ParallelDims,
+) -> list[LossOutput]:
+    """This step's alone, reduced; the outputs are there on the last pipeline stage only."""
+    for chunk in trainable.chunks:
+        chunk.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    try:
+        return _forward_backward(trainable.chunks, objective, micro_batches, targets, dims)
+    except RuntimeError as error:
+        # Megatron's check of the gradients before they are reduced, which has no type of its own.
+        if "grad norm" not in str(error):
+            raise
+        raise FloatingPointError("a gradient is not finite") from error
 
 
 def with_old_log_probs(

@@ -197,8 +197,7 @@ class Trainer:
             if self.teacher is not None:
                 with timer("teacher"):
                     targets = self.teacher.targets(share.micro_batches)
-            with timer("student"):
-                results.append(self._update(step, number, share.micro_batches, targets))
+            results.append(self._update(step, number, share.micro_batches, targets, timer))
         return StepResult.of_updates(results)
 
     def _update(
@@ -207,6 +206,7 @@ class Trainer:
         number: int,
         micro_batches: Sequence[PackedMicroBatch],
         targets: list[TeacherTargets | None],
+        timer: PhaseTimer,
     ) -> StepResult:
         try:
             return optimizer_step(
@@ -217,6 +217,7 @@ class Trainer:
                 self.dims,
                 accept=lambda metrics: self._check_engine(metrics, step),
                 advance=number == 0,
+                timer=timer,
             )
         except FloatingPointError as error:
             done = f"step {step - 1}" + (f" and {number} updates more" if number else "")

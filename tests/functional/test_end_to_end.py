@@ -57,7 +57,7 @@ def test_steps_sample_train_and_synchronise(finished: Path) -> None:
         # Steps 2 and 3 sampled with weights that only a synchronisation can have brought.
         assert line["policy_version"] == line["step"] - 1
         assert 0 < line["log_prob_gap_max"] < ROUNDING
-        assert {"rollout", "teacher", "student"} <= line["seconds"].keys()
+        assert {"rollout", "teacher", "student", "optimizer"} <= line["seconds"].keys()
         assert ("sync_gb_per_second" in line) == ("sync" in line["seconds"])
     # The last step synchronises twice: before its rollouts and before the evaluation after it.
     assert 2 * lines[1]["sync_gb"] == lines[2]["sync_gb"] == 2 * before["sync_gb"] > 0
