@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opsd_megatron.config import Config, ModelConfig, ParallelConfig, RolloutConfig
@@ -205,10 +206,14 @@ def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[tuple[
                 trained = megatron_model(model, dims, parallel)
                 kept = [(weight, weight.clone()) for chunk in trained[0] for weight in chunk.parameters()]
                 (held_by,) = engine._running.apply_model(lambda model: model)
-                with weights_as_loaded(held_by) as held:
+                gather = mock.patch.object(dist, "all_gather", wraps=dist.all_gather)
+                with weights_as_loaded(held_by) as held, gather as gathered:
                     sync_weights(engine, *trained, mark_rest=number == 0)
                 synced = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
                 wrong = differing(held, model, tensor)
+                # The model with experts has one key/value head, whose rows Megatron-Core cuts and the engine does not.
+                if kind == "dense" and parallel == ParallelConfig(tensor=tensor) and gathered.called:
+                    wrong.append("parts crossed ranks though both cut alike")
                 update_from(engine, other)
                 wrong += ["the trainer's" for weight, copy in kept if not torch.equal(weight, copy)]
                 dims.destroy()

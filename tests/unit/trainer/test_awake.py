@@ -27,6 +27,7 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
         self.calls: list[str] = []
+        self.marked: list[bool] = []
         engine = mock.Mock(spec=RolloutEngine, holds_weights=False, layout=None)
         for name in ("update_weights", "wake_up", "generate", "sleep"):
             getattr(engine, name).side_effect = self._note(name)
@@ -49,7 +50,8 @@ class Recorded:
 
         return note
 
-    def _sync(self, engine: Any, *_: object, **__: object) -> int:
+    def _sync(self, engine: Any, *_: object, mark_rest: bool) -> int:
+        self.marked.append(mark_rest)
         engine.update_weights(iter(()))
         engine.holds_weights = True
         return 0
@@ -77,6 +79,7 @@ def test_the_trainer_s_memory_goes_first_and_comes_back_last(monkeypatch: pytest
     # An engine whose weights were dropped asleep gets them again, without a step between.
     recorded.engine.holds_weights = False
     assert recorded.sample() == ["offload", *SYNC, *SAMPLE, "restore"]
+    assert recorded.marked == [True, False, False]  # what is not handed over is marked in the first sync
 
 
 def test_without_offload_the_trainer_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
