@@ -23,7 +23,8 @@ from opsd_megatron.distributed.parallel import ParallelDims
 from opsd_megatron.models.build import HiddenStatesGPT, build_model, forward_packed
 from opsd_megatron.models.families import read_spec
 from opsd_megatron.models.qwen3 import Qwen3Spec
-from opsd_megatron.models.weight_map import placed_parameters
+from opsd_megatron.models.rules import EMBEDDING, HEAD
+from opsd_megatron.models.weight_map import head_repeats_embedding, placed_parameters
 from opsd_megatron.types import PackedSequences
 
 
@@ -59,7 +60,8 @@ def compare_tensors(source: str | Path, checkpoint: str | Path) -> tuple[int, li
             differences.append(difference)
     for name in reader.names():
         # Some directories repeat a tied head.
-        if name not in names and not (spec.tied and name == "lm_head.weight"):
+        repeated = spec.tied and name == HEAD.hf[0] and EMBEDDING.hf[0] in reader and head_repeats_embedding(reader)
+        if name not in names and not repeated:
             differences.append(TensorDifference(name, "not in the checkpoint"))
             names.add(name)
     return len(names), differences

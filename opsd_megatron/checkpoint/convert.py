@@ -69,10 +69,15 @@ def hf_to_megatron(source: str | Path, output: str | Path, *, dtype: torch.dtype
 
 
 class _CheckedReader(SafetensorsReader):
-    """Refuses tensors that hold NaN or infinities, by name, since several are put together to one parameter."""
+    """Refuses tensors that hold NaN or infinities, by name, since several are put together to one parameter.
+
+    8-bit floats come as float32: PyTorch neither joins them with others nor finds their extremes.
+    """
 
     def get(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         tensor = super().get(name, rows, columns)
+        if tensor.dtype.itemsize == 1:
+            tensor = tensor.float()
         if not is_finite(tensor):
             raise ModelError(
                 f"{self.file_of(name)}: tensor {name} is damaged: it holds numbers that are NaN or infinite"
@@ -283,7 +288,7 @@ def megatron_to_adapter(
             for factor, tensor in zip("AB", _factors(store, adapter), strict=True):
                 name = f"{stem}.lora_{factor}.weight"
                 tensors[name] = (tensor if dtype is None else cast_checked(name, tensor, dtype)).contiguous()
-    with atomic_directory(Path(output)) as folder:
+    with atomic_directory(Path(output).absolute()) as folder:
         (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / "adapter_config.json").write_text(json.dumps(_peft_config(settings, base), indent=2) + "\n")
 

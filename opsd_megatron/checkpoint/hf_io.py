@@ -180,7 +180,10 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     Raises:
         ModelError: The file is not safetensors, or is shorter or longer than its header says.
     """
-    size = file.stat().st_size
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}): download it again") from error
     if size < 8:
         raise ModelError(f"{file} is damaged: it has {size} bytes, too few for a safetensors file; download it again")
     prefix = bytearray(8)
@@ -203,12 +206,26 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             if entry.end - entry.begin != entry.dtype.itemsize * _numel(entry.shape) or begin < 0:
                 raise ValueError(f"offsets of {name} do not fit its shape")
             entries[name] = entry
+        expected = _end_of_tensors(entries, data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged: its header cannot be read ({error!r}); download it again") from error
-    expected = max((entry.end for entry in entries.values()), default=data)
+        reason = f"{type(error).__name__}: {error}"  # the repr of some holds the whole header
+        raise ModelError(f"{file} is damaged: its header cannot be read ({reason}); download it again") from error
     if expected != size:
         raise ModelError(f"{file} is damaged: it has {size} bytes where its header says {expected}; download it again")
     return entries
+
+
+def _end_of_tensors(entries: dict[str, _Entry], begin: int) -> int:
+    """Where the last tensor ends.
+
+    Raises:
+        ValueError: They do not lie back to back from ``begin`` on, as the format wants them.
+    """
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != begin:
+            raise ValueError(f"{name} does not begin where the tensor before it ends")
+        begin = entry.end
+    return begin
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -25,7 +25,7 @@ from opsd_megatron.errors import ConfigError, ModelError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Space kept for the JSON header of a file written here: some 130 bytes a tensor. A full header starts a new shard.
-_HEADER_ROOM = 256 * 1024
+_HEADER_ROOM = 512 * 1024
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -84,7 +84,7 @@ def write_hf_directory(
         ModelError: A number is finite, but not in ``dtype``.
         ValueError: A name comes twice, or pieces do not make up the shape they were announced with.
     """
-    with atomic_directory(Path(output)) as folder:
+    with atomic_directory(Path(output).absolute()) as folder:
         copy_hf_files(source, folder)
         shards = _ShardedWriter(folder, max_shard_bytes)
         try:
@@ -267,5 +267,5 @@ class _ShardWriter:
 
 
 def _header_cost(name: str) -> int:
-    """Upper bound on the header bytes of one tensor: JSON may escape every character of the name."""
-    return 6 * len(name) + 160
+    """Upper bound on the header bytes of one tensor: its name as JSON writes it, type, shape and offsets."""
+    return len(json.dumps(name)) + 160

@@ -75,11 +75,11 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise CheckpointError(_not_a_checkpoint(directory))
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        files = record["files"]
+        files, version = record["files"], record["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error!r}): the checkpoint is damaged, use another") from error
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {record['format']}, this version reads {FORMAT}")
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT}")
     for name, size in files.items():
         file = directory / name
         actual = file.stat().st_size if file.is_file() else None

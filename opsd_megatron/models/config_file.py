@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from opsd_megatron.errors import ModelError
+
+_Item = TypeVar("_Item", int, str)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ class ConfigFile:
         if not isinstance(value, int):
             self.fail(f"{key}={value!r} is not an integer")
         return value
+
+    def list_of(self, kind: type[_Item], key: str) -> list[_Item]:
+        """A list of integers or of strings; empty where it is absent."""
+        values = self.get(key, [])
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            self.fail(f"{key}={values!r} is not a list of {'integers' if kind is int else 'strings'}")
+        return values
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false; it must be there if ``default`` is ``None``."""

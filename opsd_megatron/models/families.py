@@ -60,7 +60,7 @@ def read_spec(path: str | Path) -> Qwen3Spec:
     """
     config = ConfigFile.read(path)
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         config.fail(f"model_type is {kind!r}; supported are {' and '.join(map(repr, FAMILIES))}")
     return FAMILIES[kind].read(config)
 

@@ -151,8 +151,8 @@ def _check_supported(config: ConfigFile) -> None:
     """What Qwen3's configuration classes allow and this package does not build."""
     if config.get("use_sliding_window"):
         config.fail("use_sliding_window=true is not supported")
-    if other := sorted(set(config.get("layer_types", ())) - {"full_attention"}):
-        config.fail(f"layer_types {', '.join(map(str, other))} not supported, only full_attention")
+    if other := sorted(set(config.list_of(str, "layer_types")) - {"full_attention"}):
+        config.fail(f"layer_types {', '.join(other)} not supported, only full_attention")
     if config.get("attention_bias"):
         config.fail("attention_bias=true is not supported; published Qwen3 models have none")
     if config.get("hidden_act", "silu") != "silu":

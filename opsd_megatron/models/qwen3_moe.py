@@ -57,7 +57,8 @@ class Qwen3MoeSpec(Qwen3Spec):
                 config.path, {**config.values, "head_dim": config.integer("hidden_size") // heads}, config.within
             )
         # Transformers 5 writes the second name.
-        experts = config.integer("num_experts" if config.get("num_experts") else "num_local_experts")
+        renamed = config.get("num_experts") is None and config.get("num_local_experts") is not None
+        experts = config.integer("num_local_experts" if renamed else "num_experts")
         per_token, normalized = config.integer("num_experts_per_tok"), config.flag("norm_topk_prob")
         if per_token > experts:
             config.fail(f"num_experts_per_tok={per_token} is more than num_experts={experts}")
@@ -69,7 +70,7 @@ class Qwen3MoeSpec(Qwen3Spec):
             "expert_ffn_size": config.integer("moe_intermediate_size"),
             "normalized": normalized,
             "sparse_step": config.integer("decoder_sparse_step", 1),
-            "dense_layers": tuple(config.get("mlp_only_layers", ())),
+            "dense_layers": tuple(config.list_of(int, "mlp_only_layers")),
         }
         return super().values(config) | own
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from opsd_megatron.models.config_file import ConfigFile
 
@@ -66,10 +67,18 @@ def read_rope(config: ConfigFile) -> tuple[float, Yarn | None]:
     Raises:
         ModelError: The scaling is of another type than YaRN, or a value makes no sense; file and key are named.
     """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    values = config.get(key, {})
-    if not isinstance(values, dict):
-        config.fail(f"{key}={values!r} is not an object")
+    written = {key: config.get(key) for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    for key, value in written.items():
+        if not isinstance(value, dict):
+            config.fail(f"{key}={value!r} is not an object")
+    if len(written) == 2 and not _agree(*written.values()):
+        # Which of them counts depends on the reader's version.
+        config.fail(
+            "rope_parameters and rope_scaling are both there and differ; write all of it into rope_parameters and "
+            "remove rope_scaling"
+        )
+    key = next(iter(written), "rope_scaling")
+    values: dict[str, Any] = written.get(key, {})
     rope = ConfigFile(config.path, {"rope_theta": config.get("rope_theta"), **values}, within=key)
     if rope.get("rope_theta") is None:
         config.fail("rope_theta is missing, also from rope_parameters")
@@ -82,6 +91,13 @@ def read_rope(config: ConfigFile) -> tuple[float, Yarn | None]:
     if unknown := sorted(set(values) - _YARN_KEYS):
         rope.fail(f"{unknown[0]} is not known for rope_type='yarn'")
     return theta, _yarn(rope, config.integer("max_position_embeddings"))
+
+
+def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two of them say the same; the base need not be in both, and the type has two names."""
+    ours, theirs = ({"type" if key == "rope_type" else key: value for key, value in x.items()} for x in (one, other))
+    bases = [x["rope_theta"] for x in (ours, theirs) if x.get("rope_theta") is not None]
+    return bases[:1] * len(bases) == bases and ours | {"rope_theta": None} == theirs | {"rope_theta": None}
 
 
 def _yarn(rope: ConfigFile, max_positions: int) -> Yarn:

@@ -52,6 +52,7 @@ class TensorReader(Protocol):
 
 # Files named in a message.
 _FILES = 3
+_COMPARED_ROWS = 4096
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -159,13 +160,11 @@ def hf_shapes(spec: Qwen3Spec) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
-    """Compare what there is with what ``config.json`` calls for. Reads no tensor.
-
-    A tied model may also store its head; it is ignored, as transformers does.
+    """Compare what there is with what ``config.json`` calls for. Reads no tensor, but for a tied model's stored head.
 
     Raises:
-        ModelError: Tensors are missing, unexpected, of another shape, or not floating-point (quantized); names the
-            first of them and their files.
+        ModelError: Tensors are missing, unexpected, of another shape, or not floating-point (quantized), or a tied
+            model's head is stored and not its embedding; names the first of them and their files.
     """
     expected = hf_shapes(spec)
     found = set(reader.names())
@@ -190,6 +189,21 @@ def check_tensors(spec: Qwen3Spec, reader: TensorReader) -> None:
                 f"{_source(reader, name)} tensor {name} holds {str(reader.dtype(name)).removeprefix('torch.')}, not "
                 "floating-point numbers; training needs the unquantized model"
             )
+    if spec.tied and HEAD.hf[0] in found and not head_repeats_embedding(reader):
+        raise ModelError(
+            f"{_source(reader, HEAD.hf[0])} tensor {HEAD.hf[0]} is not equal to {EMBEDDING.hf[0]}, though config.json "
+            "says tie_word_embeddings=true; set it to false to have both, or remove the one that is not meant"
+        )
+
+
+def head_repeats_embedding(reader: TensorReader) -> bool:
+    """Whether a stored output head is the stored embedding; reads both, some rows at a time."""
+    head, embedding = HEAD.hf[0], EMBEDDING.hf[0]
+    shape = tuple(reader.shape(head))
+    if shape != tuple(reader.shape(embedding)):
+        return False
+    pieces = (slice(row, row + _COMPARED_ROWS) for row in range(0, shape[0], _COMPARED_ROWS))
+    return all(torch.equal(reader.get(head, rows), reader.get(embedding, rows)) for rows in pieces)
 
 
 def _source(reader: TensorReader, name: str | None = None) -> str:

@@ -185,6 +185,7 @@ def test_what_differs_is_found_and_rounding_is_not(tmp_path: Path) -> None:
         ("megatron_to_hf", "--checkpoint nowhere --output new --max-shard-size big", "'big' is not a size such as 5GB"),
         ("verify", "--hf model --checkpoint nowhere", "there is no checkpoint"),
         ("verify", "--hf ./nowhere --checkpoint mine", "--hf=./nowhere is not a directory"),
+        ("verify", "--hf mine --checkpoint nowhere", "mine/config.json is missing"),
     ],
 )
 def test_bad_input(

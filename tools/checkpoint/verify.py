@@ -53,6 +53,8 @@ def sample_ids(hf: str) -> list[list[int]]:
 
 def round_weights(reference: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     """Round a float32 model's weights to what a checkpoint keeps them in, ``dtypes`` by Hugging Face name."""
+    # A directory may call a model untied whose head is the embedding all the same.
+    dtypes = {"lm_head.weight": dtypes["model.embed_tokens.weight"], **dtypes}
     for name, parameter in reference.named_parameters():
         of_one = FUSED_EXPERTS.sub(lambda match: f".experts.0.{match[1].removesuffix('_up')}_proj.weight", name)
         parameter.data = parameter.data.to(dtypes[of_one]).float()
@@ -80,9 +82,10 @@ def logit_difference(hf: str, checkpoint: str, samples: list[list[int]]) -> tupl
 def verify(hf: str, checkpoint: str, *, logits: bool = True) -> bool:
     """Compare and print the table; True where the two agree."""
     from opsd_megatron.checkpoint.compare import compare_tensors
-    from opsd_megatron.models.families import resolve_model_path
+    from opsd_megatron.models.families import read_spec, resolve_model_path
 
     hf = str(resolve_model_path(hf, option="--hf"))
+    read_spec(hf)  # a configuration that cannot be read is bad input, not a difference
     count, differences = compare_tensors(hf, checkpoint)
     rows = [("tensors, bit for bit", f"{count - len(differences)} of {count} equal", not differences)]
     if logits:

@@ -234,6 +234,24 @@ def test_tensors_that_are_stored_as_one_are_of_one_type(tmp_path: Path, kind: st
     change(file, name, lambda tensor: tensor.to(torch.float8_e4m3fn))
     with pytest.raises(ModelError, match=r"is torch\.float8_e4m3fn, which a checkpoint does not hold: pass --dtype"):
         hf_to_megatron(source, tmp_path / "eight")
+    hf_to_megatron(source, tmp_path / "eight", dtype=torch.float32)
+    assert compare_tensors(source, tmp_path / "eight")[1] == []
+
+
+def test_a_head_that_is_not_the_tied_embedding_is_a_difference(tmp_path: Path) -> None:
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=2)
+    file = source / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    assert "lm_head.weight" not in tensors
+    hf_to_megatron(source, tmp_path / "megatron")
+    head = tensors["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    assert compare_tensors(source, tmp_path / "megatron")[1] == []
+    safetensors.torch.save_file(tensors | {"lm_head.weight": head + 1}, file, metadata={"format": "pt"})
+    (difference,) = compare_tensors(source, tmp_path / "megatron")[1]
+    assert difference.name == "lm_head.weight" and difference.reason == "not in the checkpoint"
+    with pytest.raises(ModelError, match=r"tensor lm_head\.weight is not equal to model\.embed_tokens\.weight"):
+        hf_to_megatron(source, tmp_path / "again")
 
 
 def test_a_tensor_of_its_own_may_be_of_its_own_type(tmp_path: Path) -> None:
@@ -242,6 +260,15 @@ def test_a_tensor_of_its_own_may_be_of_its_own_type(tmp_path: Path) -> None:
     hf_to_megatron(source, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert same(source, tmp_path / "back")
+
+
+def test_an_empty_working_directory_is_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_tiny_qwen3(tmp_path / "model", num_layers=1)
+    hf_to_megatron(source, tmp_path / "megatron")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    megatron_to_hf(tmp_path / "megatron", ".")
+    assert same(source, tmp_path / "here")
 
 
 def test_numbers_too_large_for_a_cast_are_errors(tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def test_unknown_tensor(tmp_path: Path) -> None:
         SafetensorsReader(tmp_path).get("b")
 
 
-@pytest.mark.parametrize("damage", ["cut data", "extra data", "cut header", "tiny", "noise header", "wrong offsets"])
+@pytest.mark.parametrize(
+    "damage", ["cut data", "extra data", "cut header", "tiny", "noise header", "wrong offsets", "overlap"]
+)
 def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "model.safetensors"
     safetensors.torch.save_file(_tensors(), file)
@@ -156,10 +158,29 @@ def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         "tiny": data[:5],
         "noise header": data[:8] + b"\xff" * header_size + data[8 + header_size :],
         "wrong offsets": data.replace(b'"shape":[6,4]', b'"shape":[5,4]'),
+        "overlap": _with_offsets(data, "ids", "b.weight"),
     }[damage]
     assert damaged != data
     file.write_bytes(damaged)
-    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged") as raised:
+        SafetensorsReader(tmp_path)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
+def _with_offsets(data: bytes, name: str, other: str) -> bytes:
+    """A file whose ``name`` is said to lie at the start of ``other``."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    begin, end = header[name]["data_offsets"]
+    start = header[other]["data_offsets"][0]
+    header[name]["data_offsets"] = [start, start + end - begin]
+    written = json.dumps(header).encode()
+    return len(written).to_bytes(8, "little") + written + data[8 + size :]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(ModelError, match=r"a\.safetensors cannot be read \(No such file or directory\)"):
         SafetensorsReader(tmp_path)
 
 

@@ -193,6 +193,9 @@ def test_a_checkpoint_for_the_initial_weights_is_of_the_same_model(tmp_path: Pat
     (checkpoint / "trainer.json").write_text('{"format": 1, "files": {}}')
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
         check_checkpoint(checkpoint, spec, source)
+    (checkpoint / "trainer.json").write_text('{"files": {}}')
+    with pytest.raises(CheckpointError, match=r"trainer\.json cannot be read .*'format'.*: the checkpoint is damaged"):
+        check_checkpoint(checkpoint, spec, source)
 
 
 def test_a_checkpoint_of_the_same_shapes_may_still_be_of_another_model(tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ def test_head_dim_of_a_model_with_experts_may_be_implied(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_experts": ...}, "num_local_experts is missing"),
+        ({"num_experts": ...}, "num_experts is missing"),
+        ({"mlp_only_layers": 5}, "mlp_only_layers=5 is not a list of integers"),
+        ({"mlp_only_layers": ["1"]}, "mlp_only_layers=['1'] is not a list of integers"),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention' is not a list of strings"),
+        ({"layer_types": [{}]}, "layer_types=[{}] is not a list of strings"),
         ({"num_experts": 4}, "num_experts_per_tok=8 is more than num_experts=4"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true"),
         ({"norm_topk_prob": ...}, "norm_topk_prob is missing"),
@@ -110,6 +114,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         {"rope_scaling": YARN},
         {"rope_scaling": {**YARN, "rope_type": ..., "type": "yarn"}},
         {"rope_parameters": {**YARN, "rope_theta": 1000000.0}, "rope_theta": ..., "rope_scaling": ...},
+        {
+            "rope_parameters": {**YARN, "rope_theta": 1000000.0},
+            "rope_scaling": {**YARN, "rope_type": ..., "type": "yarn"},
+        },
     ],
 )
 def test_yarn(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_config_as_transformers_5_writes_it(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 1.0}}, "rope_scaling.factor=1.0 must be above 1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "bets_fast": 1}}, "rope_scaling.bets_fast is not known"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' is not an object"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+            },
+            "rope_parameters and rope_scaling are both there and differ",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6},
+                "rope_scaling": {"type": "yarn", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "rope_parameters and rope_scaling are both there and differ",
+        ),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' is neither true nor false"),
         ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
         ({"use_sliding_window": True}, "use_sliding_window"),
@@ -97,8 +112,18 @@ def test_a_local_directory_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest
 
 def test_a_hub_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name.replace("/", "--")))
+    published = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+    published += ["model.safetensors.index.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        files = [*published, "pytorch_model.bin", "README.md"]
+        asked.extend(file for file in files if any(fnmatch(file, pattern) for pattern in allow_patterns))
+        return str(tmp_path / name.replace("/", "--"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_model_path("Qwen/Qwen3-0.6B") == tmp_path / "Qwen--Qwen3-0.6B"
+    assert asked == published
 
 
 def test_an_unreachable_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

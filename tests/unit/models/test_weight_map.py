@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opsd_megatron.errors import ModelError
+from opsd_megatron.models import weight_map
 from opsd_megatron.models.qwen3 import Qwen3Spec
 from opsd_megatron.models.weight_map import (
     Placement,
@@ -217,12 +218,22 @@ def test_complete_weights_pass_the_check() -> None:
     check_tensors(SPEC, random_reader())
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_a_tied_model_may_store_its_head(stored: bool) -> None:
-    reader = random_reader()
-    if not stored:
-        del reader.tensors["lm_head.weight"]
-    check_tensors(replace(SPEC, tied=True), reader)
+def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_map, "_COMPARED_ROWS", 3)
+    tied, reader = replace(SPEC, tied=True), random_reader()
+    with pytest.raises(ModelError, match=r"tensor lm_head\.weight is not equal to model\.embed_tokens\.weight, though"):
+        check_tensors(tied, reader)
+    head = reader.tensors["model.embed_tokens.weight"].clone()
+    reader.tensors["lm_head.weight"] = head
+    check_tensors(tied, reader)
+    head[-1, -1] += 1
+    with pytest.raises(ModelError, match="is not equal to"):
+        check_tensors(tied, reader)
+    reader.tensors["lm_head.weight"] = head[:-1]
+    with pytest.raises(ModelError, match="is not equal to"):
+        check_tensors(tied, reader)
+    del reader.tensors["lm_head.weight"]
+    check_tensors(tied, reader)
 
 
 def test_missing_tensors_are_named() -> None:
