@@ -203,7 +203,7 @@ def head_repeats_embedding(reader: TensorReader) -> bool:
     if shape != tuple(reader.shape(embedding)):
         return False
     pieces = (slice(row, row + _COMPARED_ROWS) for row in range(0, shape[0], _COMPARED_ROWS))
-    return all(torch.equal(reader.get(head, rows), reader.get(embedding, rows)) for rows in pieces)
+    return all(torch.equal(reader.get(head, rows).float(), reader.get(embedding, rows).float()) for rows in pieces)
 
 
 def _source(reader: TensorReader, name: str | None = None) -> str:

@@ -226,6 +226,9 @@ def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(monkeypatch: pyt
     head = reader.tensors["model.embed_tokens.weight"].clone()
     reader.tensors["lm_head.weight"] = head
     check_tensors(tied, reader)
+    reader.tensors["lm_head.weight"] = head.double()
+    check_tensors(tied, reader)
+    reader.tensors["lm_head.weight"] = head
     head[-1, -1] += 1
     with pytest.raises(ModelError, match="is not equal to"):
         check_tensors(tied, reader)
