@@ -340,40 +340,44 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path: Path) 
     assert same(tmp_path / "model", tmp_path / "back")
 
 
-MEASURE = """
+BOUNDED = """
+import resource
 import sys
 from pathlib import Path
 from opsd_megatron.checkpoint.compare import compare_tensors
 from opsd_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-def kilobytes(field):
-    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
+ROOM = 64 * 2**20
 
-def grown(action, *arguments):
-    before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    action(*arguments)
-    return kilobytes("VmHWM") - before
+def bounded(action, *arguments):
+    data = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (data + ROOM, resource.RLIM_INFINITY))
+    try:
+        bytearray(2 * ROOM)
+        sys.exit("nothing bounds the memory")
+    except MemoryError:
+        action(*arguments)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 model, megatron, back = map(Path, sys.argv[1:])
 hf_to_megatron(model.parent / "small", megatron.parent / "warm-up")  # what is imported on the way
-for action, first, second in (
-    (hf_to_megatron, model, megatron), (megatron_to_hf, megatron, back), (compare_tensors, model, megatron)
-):
-    print(grown(action, first, second))
+bounded(hf_to_megatron, model, megatron)
+bounded(megatron_to_hf, megatron, back)
+bounded(compare_tensors, model, megatron)
 """
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """220 MB in layers of 14 MB whose largest matrix has 4 MB."""
+    """64 MiB for 246 MB in layers of 14 MB whose largest matrix has 4 MB.
+
+    What a process may have, not what of it is resident: that also counts libraries that the kernel maps anew.
+    """
     size = {"hidden_size": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn": 2048}
     model = make_tiny_qwen3(tmp_path / "model", num_layers=16, **size)
     make_tiny_qwen3(tmp_path / "small", num_layers=1)
-    total = sum(file.stat().st_size for file in model.glob("*.safetensors")) // 1024
-    assert total > 200_000
-    command = [sys.executable, "-c", MEASURE, model, tmp_path / "megatron", tmp_path / "back"]
+    assert sum(file.stat().st_size for file in model.glob("*.safetensors")) > 240e6
+    command = [sys.executable, "-c", BOUNDED, model, tmp_path / "megatron", tmp_path / "back"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    grown = [int(text) for text in outcome.stdout.split()]
-    assert len(grown) == 3 and max(grown) < 48_000, (grown, total)
-    assert same(model, tmp_path / "back")
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert same(tmp_path / "model", tmp_path / "back")
