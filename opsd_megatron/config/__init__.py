@@ -122,11 +122,6 @@ class Config:
         """Tensor-parallel size of the rollout engine."""
         return self.parallel.tensor if self.rollout.tensor is None else self.rollout.tensor
 
-    @property
-    def expert_tensor(self) -> int:
-        """Parts into which an expert is cut."""
-        return self.parallel.tensor if self.parallel.expert_tensor is None else self.parallel.expert_tensor
-
     def validate(self, world_size: int) -> None:
         """Check every rule that needs neither files nor a model.
 

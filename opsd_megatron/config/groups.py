@@ -69,6 +69,11 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     timeout_minutes: int = 30
 
+    @property
+    def expert_parts(self) -> int:
+        """Parts into which an expert is cut."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
 
 @dataclass
 class ObjectiveConfig:

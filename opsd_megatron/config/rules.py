@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from opsd_megatron.config.lora import check_lora
+from opsd_megatron.config.mesh import check_mesh, check_sizes
 from opsd_megatron.config.objectives import OBJECTIVES, check_objective
 from opsd_megatron.config.privileged import PRIVILEGED, check_privileged
 from opsd_megatron.config.teacher import TEACHERS, check_teacher
@@ -44,7 +45,9 @@ def check(config: Config, world_size: int) -> None:
     _check_required(config)
     _check_choices(config)
     _check_ranges(config)
-    _check_mesh(config, world_size)
+    check_mesh(config.parallel, world_size)
+    if config.needs_engine:
+        _check_engine(config, world_size)
     _check_combinations(config)
     check_lora(config.lora)
     check_teacher(config.teacher)
@@ -64,6 +67,7 @@ def check_stand_alone(config: Config, world_size: int) -> None:
         raise ConfigError("output_dir is not set; pass output_dir=VALUE on the command line")
     _check_choices(config)
     _check_ranges(config)
+    check_sizes(config.parallel)
     if config.rollout.engine != "vllm":
         raise ConfigError(f"rollout.engine={config.rollout.engine} cannot evaluate; pass rollout.engine=vllm")
     _check_engine(config, world_size)
@@ -85,12 +89,6 @@ def _check_choices(config: Config) -> None:
 # key -> (least, greatest); None where a side is open. Keys whose value is None are unset and skipped.
 _RANGES: dict[str, tuple[float | None, float | None]] = {
     "model.max_length": (2, None),
-    "parallel.tensor": (1, None),
-    "parallel.pipeline": (1, None),
-    "parallel.virtual_stages": (1, None),
-    "parallel.context": (1, None),
-    "parallel.expert": (1, None),
-    "parallel.expert_tensor": (1, None),
     "parallel.timeout_minutes": (1, None),
     "objective.beta": (0, 1),
     "objective.top_k": (1, None),
@@ -179,33 +177,6 @@ def _check_ranges(config: Config) -> None:
     for key in ("rollout.top_k", "evaluation.top_k"):
         if config.get(key) != -1 and config.get(key) < 1:
             raise ConfigError(f"{key}={config.get(key)} must be -1 (all candidates) or at least 1")
-
-
-def _check_mesh(config: Config, world_size: int) -> None:
-    sizes = {key: config.get(key) for key in ("parallel.tensor", "parallel.pipeline", "parallel.context")}
-    model_ranks = math.prod(sizes.values())
-    if world_size % model_ranks:
-        raise ConfigError(
-            f"the world size {world_size} is not a multiple of {' * '.join(sizes)} = "
-            f"{' * '.join(map(str, sizes.values()))}; start a multiple of {model_ranks} processes "
-            "(torchrun --nnodes * --nproc-per-node) or change the mesh"
-        )
-    if config.parallel.virtual_stages > 1 and config.parallel.pipeline == 1:
-        raise ConfigError(
-            f"parallel.virtual_stages={config.parallel.virtual_stages} interleaves the stages of a pipeline: it needs "
-            "parallel.pipeline > 1"
-        )
-    expert_ranks = config.parallel.expert * config.expert_tensor
-    if (stage_ranks := world_size // config.parallel.pipeline) % expert_ranks:
-        raise ConfigError(
-            f"parallel.expert={config.parallel.expert} * parallel.expert_tensor={config.expert_tensor} does not divide "
-            f"the {stage_ranks} ranks of a pipeline stage; choose sizes whose product does (parallel.expert_tensor is "
-            "parallel.tensor unless set)"
-        )
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        raise ConfigError("parallel.sequence=true shards over tensor-parallel ranks: it needs parallel.tensor > 1")
-    if config.needs_engine:
-        _check_engine(config, world_size)
 
 
 def _check_engine(config: Config, world_size: int) -> None:

@@ -13,7 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from opsd_megatron.config import ParallelConfig
+from opsd_megatron.config.mesh import check_mesh
 from opsd_megatron.distributed.cpu import install_cpu_stand_ins
+from opsd_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +62,17 @@ class ParallelDims:
         Ranks: every rank of the world, once; :meth:`destroy` first to build another mesh.
 
         Raises:
-            RuntimeError: The world size is not a multiple of ``tensor * pipeline * context`` (``Config.validate`` says
-                so earlier and better).
+            ConfigError: The sizes make no mesh of this many processes; names the key, its value and what would be
+                valid.
         """
         install_cpu_stand_ins()
         device, owns_world = join_world(parallel.timeout_minutes)
+        try:
+            check_mesh(parallel, dist.get_world_size())
+        except ConfigError:
+            if owns_world:
+                dist.destroy_process_group()
+            raise
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -81,7 +89,7 @@ class ParallelDims:
             vpp=parallel.virtual_stages,
             cp=parallel.context,
             dp=groups.dp.size(),
-            sequence_parallel=parallel.sequence and parallel.tensor > 1,
+            sequence_parallel=parallel.sequence,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             device=device,

@@ -109,7 +109,7 @@ def estimate_memory(
     dense, expert = adapters[stage] if config.lora.rank else model[stage]
     # Ranks that share out the optimizer's state of a parameter: those with equal weights.
     copies = world_size // (parallel.tensor * parallel.pipeline)
-    expert_copies = world_size // (parallel.pipeline * parallel.expert * config.expert_tensor)
+    expert_copies = world_size // (parallel.pipeline * parallel.expert * config.parallel.expert_parts)
     if not parallel.distributed_optimizer:
         copies = expert_copies = 1
     state = 3 * _FLOAT32 if size == 2 else 2 * _FLOAT32
@@ -198,7 +198,7 @@ def _by_stage(spec: Qwen3Spec, config: Config, size: Callable[[Placement, int], 
         if place.expert is None:
             dense[stage] += size(place, parallel.tensor)
         elif place.expert < spec.num_experts // parallel.expert:  # those of the first expert-parallel rank
-            expert[stage] += size(place, config.expert_tensor)
+            expert[stage] += size(place, config.parallel.expert_parts)
     return list(zip(dense, expert, strict=True))
 
 
@@ -252,5 +252,5 @@ def _mlp_elements(spec: Qwen3Spec, config: Config, layer: int, sp: int) -> float
     if not used:
         return 4 * spec.ffn_size / config.parallel.tensor
     # Each token goes to as many experts as it chooses, and to all the ranks that an expert is cut over.
-    parts = config.expert_tensor
+    parts = config.parallel.expert_parts
     return used * parts / sp * (2 * spec.hidden_size + 4 * rows / parts)

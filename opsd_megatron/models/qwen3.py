@@ -245,10 +245,10 @@ def _check_expert_sizes(spec: Qwen3Spec, config: Config) -> None:
             f"{_one_of(_divisors(spec.num_experts))} would"
         )
     for name, size in spec.expert_sizes().items():
-        if size % config.expert_tensor:
+        if size % config.parallel.expert_parts:
             works = [n for n in _divisors(size) if n <= parallel.tensor]
             raise ConfigError(
-                f"parallel.expert_tensor={config.expert_tensor} does not divide the model's {size} {name}; "
+                f"parallel.expert_tensor={config.parallel.expert_parts} does not divide the model's {size} {name}; "
                 f"{_one_of(works)} would"
             )
     if parallel.tensor > 1 and not parallel.sequence:

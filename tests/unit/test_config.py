@@ -89,6 +89,7 @@ def test_composition_errors_name_the_key(overrides: list[str], message: str) -> 
         ("objective.beta=nan", 1, "not a finite number"),
         ("rollout.top_k=0", 1, "rollout.top_k=0 must be -1"),
         ("optimizer.beta2=1.0", 1, "optimizer.beta2"),
+        ("parallel.expert=0", 1, "parallel.expert=0 must be at least 1"),
         ("parallel.tensor=2", 3, "world size 3 is not a multiple"),
         ("parallel.sequence=true", 1, "parallel.sequence"),
         (

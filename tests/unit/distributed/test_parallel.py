@@ -6,10 +6,12 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 from opsd_megatron.config import ParallelConfig
+from opsd_megatron.errors import ConfigError
 from tests.distributed import run_distributed
 
 
@@ -63,6 +65,32 @@ def _expert_coordinates() -> list[Any]:
         found.append((dims.ep, dims.ep_rank, dims.etp, dims.etp_rank, group))
         dims.destroy()
     return found
+
+
+def test_what_makes_no_mesh_is_explained_and_leaves_no_world_behind() -> None:
+    run_distributed(_no_meshes, 1)
+
+
+def _no_meshes() -> None:
+    from opsd_megatron.distributed.parallel import ParallelDims
+
+    # The launcher made a world; what is refused must neither need nor end it.
+    for again in (False, True):
+        if again:
+            dist.destroy_process_group()
+            for name in ("RANK", "WORLD_SIZE"):
+                os.environ.pop(name, None)
+        for sizes, message in (
+            ({"tensor": 2}, "world size 1 is not a multiple .* = 2 . 1 . 1; start a multiple of 2 processes"),
+            ({"context": 0}, "parallel.context=0 must be at least 1"),
+            ({"expert": 2}, "parallel.expert=2 . parallel.expert_tensor=1 does not divide the 1 ranks"),
+            ({"virtual_stages": 2}, "parallel.virtual_stages=2 .* needs parallel.pipeline > 1"),
+            ({"sequence": True}, "parallel.sequence=true .* needs parallel.tensor > 1"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                ParallelDims.initialize(ParallelConfig(**sizes))
+            assert dist.is_initialized() is not again
+        ParallelDims.initialize(ParallelConfig()).destroy()
 
 
 def test_two_ranks_rebuild_seed_and_communicate() -> None:

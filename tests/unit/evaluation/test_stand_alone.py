@@ -89,6 +89,7 @@ def test_a_model_of_another_family_can_be_evaluated(model: Path, data: Path, tmp
         (["data.eval=null"], r"no evaluation set is named; pass evaluation\.sets=\[aime24,\.\.\.\]"),
         (["output_dir="], "output_dir is not set"),
         (["rollout.engine=scripted"], "rollout.engine=scripted cannot evaluate"),
+        (["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
         (["rollout.tensor=3"], "rollout.tensor=3 does not divide the world size 1"),
         (["evaluation.samples_per_problem=0"], "evaluation.samples_per_problem=0 must be at least 1"),
         (["evaluation.sets=[aime23]"], "aime23 is no evaluation set; known by name are math500"),
