@@ -308,10 +308,12 @@ def _one_of(values: list[int]) -> str:
 def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, backend: Backend) -> TransformerConfig:
     """Megatron-Core's configuration of this model on this mesh.
 
-    Fusions: bias and dropout do not exist in Qwen3 and masked softmax belongs to an attention that is not used, so
-    their fusions are off. Fused rotary embedding comes with Transformer Engine; adding weight gradients straight into
-    the gradient buffer needs Apex's extension, which Transformer Engine's layers do not, but the output layer, built
-    from Megatron-Core's own linear layer under either backend, asks for it.
+    Fusions: dropout and biases do not exist in Qwen3 and masked softmax belongs to an attention that is not used, so
+    their fusions are off. What Megatron-Core calls that of bias and activation is SwiGLU as one compiled kernel each
+    way, which keeps its input alone for the backward pass: two tensors as wide as the MLP fewer. Fused rotary embedding
+    comes with Transformer Engine; adding weight gradients straight into the gradient buffer needs Apex's extension,
+    which Transformer Engine's layers do not, but the output layer, built from Megatron-Core's own linear layer under
+    either backend, asks for it.
     """
     dtype = _DTYPES[config.model.dtype]
     on_cuda = dims.device.type == "cuda"
@@ -364,7 +366,7 @@ def transformer_config(spec: Qwen3Spec, config: Config, dims: ParallelDims, back
         # For packed sequences the fused kernel leaves out YaRN's attention factor (mcore 0.16.1, rope_utils.py).
         apply_rope_fusion=backend == "transformer_engine" and spec.yarn is None,
         gradient_accumulation_fusion=on_cuda and has_fused_weight_gradient(),
-        bias_activation_fusion=False,
+        bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

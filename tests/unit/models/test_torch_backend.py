@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from opsd_megatron.config import ParallelConfig
 from tests.distributed import run_distributed
-from tests.tiny import make_tiny_qwen3
+from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -109,6 +111,71 @@ def count_workings(path: Path) -> tuple[int, int]:
         ).sum().backward()
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
     return packings.call_count, lists.call_count
+
+
+@pytest.mark.parametrize("make", [make_tiny_qwen3, make_tiny_qwen3_moe])
+def test_swiglu_as_on_cuda_gives_the_same_and_keeps_less(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Compiled for the CPU here; micro-batches of several lengths, as a run has them."""
+    path = make(tmp_path, num_layers=2, with_tokenizer=False)
+    (outcomes,) = run_distributed(with_and_without_fusion, 1, path)
+    for plain, fused in outcomes:
+        torch.testing.assert_close(fused.output, plain.output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused.gradient, plain.gradient, rtol=1e-4, atol=1e-5 * plain.gradient.abs().max())
+        assert fused.kept < 0.92 * plain.kept
+
+
+class Passed(NamedTuple):
+    """Hidden states, all gradients in one vector, and the bytes that autograd kept in between."""
+
+    output: Tensor
+    gradient: Tensor
+    kept: int
+
+
+def with_and_without_fusion(path: Path) -> list[tuple[Passed, Passed]]:
+    from opsd_megatron.checkpoint.hf_io import SafetensorsReader
+    from opsd_megatron.config import Config
+    from opsd_megatron.distributed.parallel import ParallelDims
+    from opsd_megatron.distributed.seed import seed_everything
+    from opsd_megatron.models.build import build_model
+    from opsd_megatron.models.families import read_spec
+    from opsd_megatron.models.qwen3 import transformer_config
+    from opsd_megatron.models.weight_map import load_hf_weights
+
+    config = Config()
+    config.model.dtype = "float32"
+    dims, spec = ParallelDims.initialize(config.parallel), read_spec(path)
+    seed_everything(0, dims)
+    there = replace(dims, device=torch.device("cuda"))
+    fused = [transformer_config(spec, config, where, "torch").bias_activation_fusion for where in (dims, there)]
+    assert fused == [False, True]
+    (model,) = build_model(spec, config, dims)
+    load_hf_weights([model], spec, SafetensorsReader(path), dims)
+    return [tuple(pass_through(model, length, fused=fused) for fused in (False, True)) for length in (9, 24, 17)]  # type: ignore[misc]
+
+
+def pass_through(model: torch.nn.Module, length: int, *, fused: bool) -> Passed:
+    from opsd_megatron.data.packing import pack
+    from opsd_megatron.models.build import forward_packed
+    from opsd_megatron.types import AlignedSample
+
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.bias_activation_fusion = fused  # type: ignore[union-attr]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model.zero_grad()
+    batch = pack([AlignedSample(tuple(range(length)), None, tuple(range(5)))], with_teacher=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward_packed(model, batch.student)
+    output.square().sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return Passed(output.detach(), gradient, sum(kept[at].untyped_storage().nbytes() for at in kept.keys() - own))
 
 
 def attend(cp: int, lengths: list[int]) -> list[Tensor]:
