@@ -277,6 +277,8 @@ class TensorStore:
                 held, listed = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(chunk.sizes)} {self.dtype(name)}"
                 raise ValueError(f"it holds {held}, not {listed} as .metadata lists")
         except Exception as error:  # damage can raise anything
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no type for it
+                raise
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise CheckpointError(f"{file}: tensor {name} at {tuple(chunk.offsets)} is damaged: {reason}") from error
         return tensor  # type: ignore[no-any-return]

@@ -154,6 +154,16 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path, int], None]) ->
         store.read("big", (0, 0), (10, 100))
 
 
+@pytest.mark.parametrize("exhaust", [lambda: bytes(2**60), lambda: torch.empty(2**60)])
+def test_memory_that_runs_out_is_not_called_damage(
+    exhaust: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chunks(tmp_path, cut(tensor(), (0, 3), (0, 7), (0, 5)))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: exhaust())
+    with pytest.raises((MemoryError, RuntimeError)):  # no CheckpointError
+        TensorStore(tmp_path).read("a", (0, 0, 0), SHAPE)
+
+
 def test_a_missing_file_and_a_missing_list_are_named(tmp_path: Path) -> None:
     write_chunks(tmp_path, cut(tensor(), (0, 3), (0, 7), (0, 5)))
     store = TensorStore(tmp_path)
