@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from opsd_megatron.rollout import vllm_cpu_sampling
+from opsd_megatron.rollout import vllm_cpu, vllm_cpu_sampling
 
 
 def processed_error() -> float:
@@ -22,6 +24,27 @@ def processed_error() -> float:
     assert expected.gather(1, tokens[:, None]).isfinite().all()
     assert torch.equal(log_probs.isfinite(), expected.isfinite())
     return float((log_probs - expected)[expected.isfinite()].abs().max())
+
+
+def head_products() -> dict[str, bool]:
+    """Whether packed heads give the very bits that vLLM's own packed copies of them give, by kind."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
+    same = {}
+    for dtype, size, rows in product(dtypes, (320, 5003), (1, 2, 7, 8, 9, 64)):
+        model, theirs = torch.nn.Module(), torch.nn.Module()
+        model.lm_head, model.model = torch.nn.Module(), torch.nn.Module()
+        model.model.embed_tokens = model.lm_head
+        weight = torch.nn.Parameter(torch.randn(size, 96, generator=generator).to(dtype), requires_grad=False)
+        model.lm_head.weight = theirs.weight = weight
+        vllm_cpu.pack_head(model)
+        dispatch_cpu_unquantized_gemm(theirs, remove_weight=False)
+        x = torch.randn(rows, 96, generator=generator).to(dtype)
+        ours, own = (module.cpu_linear(x, weight, None) for module in (model.lm_head, theirs))
+        same[f"{dtype} {size} {rows}"] = torch.equal(ours, own)
+    return same
 
 
 def kernel_errors(model: torch.nn.Module) -> dict[str, float]:

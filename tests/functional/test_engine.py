@@ -27,7 +27,7 @@ from opsd_megatron.rollout import vllm_cpu_sampling
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
-from tests.functional.engine_parts import kernel_errors, processed_error
+from tests.functional.engine_parts import head_products, kernel_errors, processed_error
 from tests.functional.engine_weights import number_of_weights, part_of, weights_as_loaded
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
@@ -69,6 +69,8 @@ class Observed:
     errors: dict[str, str] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
     kernels: dict[str, float] = field(default_factory=dict)
+    # By kind: whether the packed head gives the bits of vLLM's.
+    heads: dict[str, bool] = field(default_factory=dict)
     draws: int = 0
     processed: float = torch.nan
     shared_memory: str = ""
@@ -147,6 +149,7 @@ def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Obs
         seen.answers["synced"] = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
     seen.kernels = engine._running.apply_model(kernel_errors)[0]
     seen.processed = processed_error()
+    seen.heads = head_products()
     engine.sleep()
     engine.wake_up()
     with pytest.raises(AssertionError, match="update_weights must run before generate"):
@@ -465,6 +468,8 @@ def test_fused_layers_compute_what_they_replace(outcome: Outcome, tensor: int) -
     for rank in outcome.ranks:
         errors = rank[tensor].kernels
         assert set(errors) == {"RMSNorm", "SiluAndMul"} and max(errors.values()) < 1e-5
+        heads = rank[tensor].heads
+        assert heads and [kind for kind, same in heads.items() if not same] == []
 
 
 @both_sizes

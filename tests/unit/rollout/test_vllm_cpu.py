@@ -20,7 +20,7 @@ from opsd_megatron.rollout.vllm_cpu import (
 class Packed(torch.nn.Module):
     """Multiplies by a copy of its weight, as vLLM's CPU build does."""
 
-    cpu_linear: Callable[[Tensor], Tensor] | None = None
+    cpu_linear: Callable[..., Tensor] | None = None
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
@@ -32,16 +32,24 @@ class Packed(torch.nn.Module):
 
     def process_weights_after_loading(self, module: Packed) -> None:
         copy = module.weight.detach().clone()
-        module.cpu_linear = lambda x: x @ copy.t()
+        module.cpu_linear = lambda x, weight, bias: x @ copy.t()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_vocabulary_is_loaded_where_it_is_used_and_packed_once(tied: bool) -> None:
-    weights = {name: torch.randn(4, 3) for name in ("model.embed_tokens.weight", "model.norm.weight")}
+@pytest.mark.parametrize(
+    ("dtype", "bf16_is_fast"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+)
+def test_the_vocabulary_is_loaded_where_it_is_used_and_packed_once(
+    tied: bool, dtype: torch.dtype, bf16_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bf16_is_fast and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16_is_fast)
+    weights = {name: torch.randn(4, 3, dtype=dtype) for name in ("model.embed_tokens.weight", "model.norm.weight")}
     if not tied:
-        weights["lm_head.weight"] = torch.randn(4, 3)
-    embedding = Packed(torch.nn.Parameter(torch.zeros(4, 3)))
-    head = Packed(embedding.weight if tied else torch.nn.Parameter(torch.zeros(4, 3)))
+        weights["lm_head.weight"] = torch.randn(4, 3, dtype=dtype)
+    embedding = Packed(torch.nn.Parameter(torch.zeros(4, 3, dtype=dtype)))
+    head = Packed(embedding.weight if tied else torch.nn.Parameter(torch.zeros(4, 3, dtype=dtype)))
     model = torch.nn.Module()
     model.lm_head, model.model = head, torch.nn.ModuleDict({"embed_tokens": embedding})
     embedding.process_weights_after_loading(embedding)
@@ -55,8 +63,9 @@ def test_the_vocabulary_is_loaded_where_it_is_used_and_packed_once(tied: bool) -
 
     pack_head(model)
     assert torch.equal(embedding.weight, weights["model.embed_tokens.weight"]) and embedding.cpu_linear is None
-    x, expected = torch.randn(2, 3), weights.get("lm_head.weight", embedding.weight)
-    assert head.cpu_linear is not None and torch.equal(head.cpu_linear(x), x @ expected.t())
+    x, expected = torch.randn(2, 3, dtype=dtype), weights.get("lm_head.weight", embedding.weight)
+    assert head.cpu_linear is not None
+    torch.testing.assert_close(head.cpu_linear(x, head.weight, None), x @ expected.t())
     drop_packed(model)
     assert head.cpu_linear is embedding.cpu_linear is None
 
