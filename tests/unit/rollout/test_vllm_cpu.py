@@ -21,6 +21,7 @@ class Packed(torch.nn.Module):
     """Multiplies by a copy of its weight, as vLLM's CPU build does."""
 
     cpu_linear: Callable[..., Tensor] | None = None
+    packed_by_vllm = False
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
@@ -31,25 +32,32 @@ class Packed(torch.nn.Module):
         weight.data.copy_(tensor)
 
     def process_weights_after_loading(self, module: Packed) -> None:
+        module.packed_by_vllm = True
         copy = module.weight.detach().clone()
         module.cpu_linear = lambda x, weight, bias: x @ copy.t()
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "bf16_is_fast"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+    ("rows", "dtype", "bf16_is_fast"),
+    [
+        (4, torch.float32, True),
+        (2**18, torch.float32, False),  # 3 MiB: more than a huge page
+        (2**19, torch.bfloat16, True),
+        (2**19, torch.bfloat16, False),
+    ],
 )
 def test_the_vocabulary_is_loaded_where_it_is_used_and_packed_once(
-    tied: bool, dtype: torch.dtype, bf16_is_fast: bool, monkeypatch: pytest.MonkeyPatch
+    tied: bool, rows: int, dtype: torch.dtype, bf16_is_fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if bf16_is_fast and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    by_pytorch = rows > 4 and (dtype == torch.float32 or bf16_is_fast)
+    if by_pytorch and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16_is_fast)
-    weights = {name: torch.randn(4, 3, dtype=dtype) for name in ("model.embed_tokens.weight", "model.norm.weight")}
-    if not tied:
-        weights["lm_head.weight"] = torch.randn(4, 3, dtype=dtype)
-    embedding = Packed(torch.nn.Parameter(torch.zeros(4, 3, dtype=dtype)))
-    head = Packed(embedding.weight if tied else torch.nn.Parameter(torch.zeros(4, 3, dtype=dtype)))
+    names = ["model.embed_tokens.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]
+    weights = {name: torch.randn(rows, 3, dtype=dtype) for name in names}
+    embedding = Packed(torch.nn.Parameter(torch.zeros(rows, 3, dtype=dtype)))
+    head = Packed(embedding.weight if tied else torch.nn.Parameter(torch.zeros(rows, 3, dtype=dtype)))
     model = torch.nn.Module()
     model.lm_head, model.model = head, torch.nn.ModuleDict({"embed_tokens": embedding})
     embedding.process_weights_after_loading(embedding)
@@ -57,14 +65,14 @@ def test_the_vocabulary_is_loaded_where_it_is_used_and_packed_once(
     used = [head.weight, embedding.weight]
     rest: Iterator[tuple[str, Tensor]] = vocabulary_in_place(model, iter(weights.items()))
     for module in (head, embedding):  # as a reload has it while it reads
-        module.weight = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+        module.weight = torch.nn.Parameter(torch.empty(rows, 3, device="meta"))
     assert [name for name, _ in rest] == ["model.norm.weight"]
     head.weight, embedding.weight = used
 
     pack_head(model)
     assert torch.equal(embedding.weight, weights["model.embed_tokens.weight"]) and embedding.cpu_linear is None
     x, expected = torch.randn(2, 3, dtype=dtype), weights.get("lm_head.weight", embedding.weight)
-    assert head.cpu_linear is not None
+    assert head.cpu_linear is not None and head.packed_by_vllm is not by_pytorch
     torch.testing.assert_close(head.cpu_linear(x, head.weight, None), x @ expected.t())
     drop_packed(model)
     assert head.cpu_linear is embedding.cpu_linear is None
