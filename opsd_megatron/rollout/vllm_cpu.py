@@ -67,7 +67,7 @@ def pack_head(model: torch.nn.Module) -> None:
     too, which never multiplies, and a tied head not again when the embedding has new weights.
 
     A large head's copy is PyTorch's instead: packed and multiplied by the same library (oneDNN), bit for bit alike, but
-    in memory of PyTorch's, which can have huge pages. Qwen3's vocabulary is read a tenth faster then, for every token.
+    in memory of PyTorch's, which can have huge pages: all of it is read for every token.
     """
     head, embedding = _vocabulary(model)
     for module in (head, embedding):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -77,3 +79,14 @@ def part_of(tensors: Mapping[str, Tensor], name: str, size: int, rank: int) -> T
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return columns(name)
     return rows(name) if name.startswith(("model.embed_tokens.", "lm_head.")) else tensors[name]
+
+
+def differing(held: dict[str, Tensor], path: Path, tensor: int) -> list[str]:
+    """Names of the engine's weights that are not, bit for bit, this rank's parts of the tensors of ``path``."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "model.safetensors")
+    rank = int(os.environ["RANK"]) % tensor
+    wrong = [name for name, weight in held.items() if not torch.equal(weight, part_of(tensors, name, tensor, rank))]
+    expected = number_of_weights(tensors)
+    return wrong if len(held) == expected else [*wrong, f"{len(held)} weights instead of {expected}"]

@@ -19,46 +19,38 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from opsd_megatron.config import Config, ModelConfig, ParallelConfig, RolloutConfig
+from opsd_megatron.config import ParallelConfig
 from opsd_megatron.errors import EngineError
 from opsd_megatron.rollout import vllm_cpu_sampling
 from opsd_megatron.rollout.engine import Sampling
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
 from tests.functional.engine_parts import head_products, kernel_errors, processed_error
-from tests.functional.engine_weights import number_of_weights, part_of, weights_as_loaded
+from tests.functional.engine_setup import (
+    MAX_LENGTH,
+    NEW_TOKENS,
+    PROMPTS,
+    SAMPLED,
+    SEEDS,
+    engine_config,
+    megatron_model,
+    reference_logits,
+    update_from,
+)
+from tests.functional.engine_syncs import SYNCS, observe_syncs
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
 
-MAX_LENGTH = 128
-NEW_TOKENS = 24
 EOS = 258
-SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=NEW_TOKENS)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=-1, max_new_tokens=NEW_TOKENS)
 # Another distribution to draw from; log-probs are at temperature 1 over the whole vocabulary all the same.
 NARROWED = Sampling(temperature=0.7, top_p=0.9, top_k=20, max_new_tokens=NEW_TOKENS)
-
-
 # One prompt's next token, often enough to count.
 COUNTED = Sampling(temperature=0.3, top_p=1.0, top_k=20, max_new_tokens=1)
 DRAWS = 1000
 # More tokens of prompts, for each of two replicas, than vLLM runs through the model at a time; some stand alone again.
 CROWD = [[(7 * first + step) % 256 for step in range(100)] for first in range(180)]
 BRIEF = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=4)
-
-
-def make_prompts() -> list[list[int]]:
-    """An odd number of prompts of different lengths, so that two replicas get unequal shares; one is drawn twice."""
-    draw = random.Random(0)
-    prompts = [[draw.randrange(256) for _ in range(draw.randint(1, 40))] for _ in range(20)]
-    return [*prompts, prompts[0]]
-
-
-PROMPTS = make_prompts()
-SEEDS = list(range(100, 100 + len(PROMPTS)))
-# Tensors of the last update: the engine may read them where they lie until it sleeps.
-HANDED_OVER: list[Tensor] = []
 
 
 @dataclass
@@ -91,26 +83,6 @@ def process_state() -> dict[str, Any]:
         "local world": os.environ["LOCAL_WORLD_SIZE"],
         "preloaded": os.environ.get("LD_PRELOAD"),
     }
-
-
-def engine_config(model: Path, tensor: int, **rollout: Any) -> Config:
-    return Config(
-        model=ModelConfig(path=str(model), dtype="float32"),
-        rollout=RolloutConfig(tensor=tensor, kv_cache_gib=0.02, **rollout),
-    )
-
-
-def update_from(engine: Any, path: Path) -> None:
-    """Hand the stored tensors of ``path`` to the engine; before that, have it sleep and overwrite what it had."""
-    from safetensors.torch import load_file
-
-    engine.sleep()
-    for held in HANDED_OVER:
-        held.fill_(torch.nan)
-    tensors = load_file(path / "model.safetensors")
-    engine.update_weights(iter(tensors.items()))
-    engine.wake_up()
-    HANDED_OVER[:] = tensors.values()
 
 
 def observe(bare: Path, model: Path, other: Path, tensor: int, dims: Any) -> Observed:
@@ -171,85 +143,6 @@ def observe_untied(model: Path, other: Path) -> list[Generation]:
     return answers
 
 
-# Engine size and the trainer's meshes of two ranks that it is synchronised from. Where tensor parallelism is the same,
-# vocabulary included (320 entries are a multiple of vLLM's 64), no tensor crosses a rank.
-SYNCS: dict[str, list[tuple[int, list[ParallelConfig]]]] = {
-    "dense": [
-        (1, [ParallelConfig(tensor=2), ParallelConfig()]),  # the second lends the trainer's embedding
-        (2, [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)]),
-    ],
-    "experts": [
-        (1, [ParallelConfig(expert=2)]),
-        (2, [ParallelConfig(tensor=2), ParallelConfig(tensor=2, expert=2, expert_tensor=1)]),
-    ],
-}
-
-
-def observe_syncs(models: dict[str, tuple[Path, Path]]) -> dict[str, list[tuple[bool, list[str]]]]:
-    """Of every sync: whether the engine then samples what it does from the same weights on disk, and what it holds.
-
-    The latter is the names of what differs from the published tensors in any bit, or is missing; the trainer's own too,
-    should the engine have written to them by the end of its next update. Between the two the engine has other weights.
-    The first sync of each engine marks what it must not read.
-    """
-    from opsd_megatron.distributed.parallel import ParallelDims
-    from opsd_megatron.rollout.vllm_engine import VllmEngine
-    from opsd_megatron.rollout.weight_sync import sync_weights
-
-    outcomes: dict[str, list[tuple[bool, list[str]]]] = {}
-    for kind, (model, other) in models.items():
-        for tensor, meshes in SYNCS[kind]:
-            engine = VllmEngine.start(model, engine_config(model, tensor), max_length=MAX_LENGTH)
-            update_from(engine, model)
-            expected = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
-            for number, parallel in enumerate(meshes):
-                update_from(engine, other)
-                changed = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS) != expected
-                dims = ParallelDims.initialize(parallel)
-                trained = megatron_model(model, dims, parallel)
-                kept = [(weight, weight.clone()) for chunk in trained[0] for weight in chunk.parameters()]
-                (held_by,) = engine._running.apply_model(lambda model: model)
-                gather = mock.patch.object(dist, "all_gather", wraps=dist.all_gather)
-                with weights_as_loaded(held_by) as held, gather as gathered:
-                    sync_weights(engine, *trained, mark_rest=number == 0)
-                synced = engine.generate(PROMPTS, SAMPLED, seeds=SEEDS)
-                wrong = differing(held, model, tensor)
-                # The model with experts has one key/value head, whose rows Megatron-Core cuts and the engine does not.
-                if kind == "dense" and parallel == ParallelConfig(tensor=tensor) and gathered.called:
-                    wrong.append("parts crossed ranks though both cut alike")
-                update_from(engine, other)
-                wrong += ["the trainer's" for weight, copy in kept if not torch.equal(weight, copy)]
-                dims.destroy()
-                outcomes.setdefault(f"{kind} {tensor}", []).append((changed and synced == expected, wrong))
-            engine.close()
-    return outcomes
-
-
-def differing(held: dict[str, Tensor], path: Path, tensor: int) -> list[str]:
-    """Names of the engine's weights that are not, bit for bit, this rank's parts of the tensors of ``path``."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path / "model.safetensors")
-    rank = int(os.environ["RANK"]) % tensor
-    wrong = [name for name, weight in held.items() if not torch.equal(weight, part_of(tensors, name, tensor, rank))]
-    expected = number_of_weights(tensors)
-    return wrong if len(held) == expected else [*wrong, f"{len(held)} weights instead of {expected}"]
-
-
-def megatron_model(path: Path, dims: Any, parallel: ParallelConfig | None = None) -> tuple[Any, Any, Any]:
-    from opsd_megatron.checkpoint.hf_io import SafetensorsReader
-    from opsd_megatron.models.build import build_model
-    from opsd_megatron.models.families import read_spec
-    from opsd_megatron.models.weight_map import load_hf_weights
-
-    spec = read_spec(path)
-    parallel = parallel or ParallelConfig(tensor=dims.tp)
-    config = Config(model=ModelConfig(path=str(path), dtype="float32"), parallel=parallel)
-    model = build_model(spec, config, dims)
-    load_hf_weights(model, spec, SafetensorsReader(path), dims)
-    return model, spec, dims
-
-
 def start_failures(model: Path, empty: Path) -> dict[str, str]:
     """Messages of engines that cannot start. The last one leaves vLLM half started: nothing may follow it."""
     from opsd_megatron.rollout.vllm_engine import VllmEngine
@@ -287,7 +180,6 @@ def worker(
     even: dict[str, tuple[Path, Path]],
     empty: Path,
 ) -> dict[Any, Any]:
-    import torch.distributed as dist
 
     seen: dict[Any, Any] = {1: observe(bare, model, other, 1, None)}
     from opsd_megatron.distributed.parallel import ParallelDims
@@ -343,13 +235,6 @@ def references(outcome: Outcome) -> dict[str, Any]:
 
     paths = {"model": outcome.model, "other": outcome.other, "untied": outcome.untied}
     return {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
-
-
-@torch.no_grad()
-def reference_logits(reference: Any, prompt: list[int], response: tuple[int, ...]) -> Tensor:
-    """Logits at the positions that predict ``response``, ``[len(response), V]``."""
-    logits = reference(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
-    return logits[len(prompt) - 1 : -1]
 
 
 both_sizes = pytest.mark.parametrize("tensor", [1, 2])

@@ -15,7 +15,7 @@ import torch
 from opsd_megatron.config import Config, ModelConfig, ParallelConfig
 from opsd_megatron.types import Generation
 from tests.distributed import run_distributed
-from tests.functional.test_engine import MAX_LENGTH, PROMPTS, SAMPLED, SEEDS, engine_config, reference_logits
+from tests.functional.engine_setup import MAX_LENGTH, PROMPTS, SAMPLED, SEEDS, engine_config, reference_logits
 from tests.tiny import make_tiny_qwen3_moe
 
 

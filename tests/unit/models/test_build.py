@@ -12,6 +12,7 @@ from opsd_megatron.errors import ConfigError
 from opsd_megatron.models.backends import choose_backend
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.unit.models.kept import kept_by_autograd
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -159,16 +160,7 @@ def _kept_activations(path: Path) -> dict[str, tuple[int, torch.Tensor]]:
     for config.model.recompute in ("none", "selective", "full"):
         chunks = build_model(spec, config, dims)
         load_hf_weights(chunks, spec, SafetensorsReader(path), dims)
-        own = {parameter.untyped_storage().data_ptr() for parameter in chunks[0].parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_by_autograd(chunks[0]) as kept:
             output = forward_packed(chunks[0], batch.student)
         output.square().sum().backward()
         gradient = chunks[0].decoder.layers[0].self_attention.linear_qkv.weight.grad

@@ -15,6 +15,7 @@ from torch import Tensor
 from opsd_megatron.config import ParallelConfig
 from tests.distributed import run_distributed
 from tests.tiny import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.unit.models.kept import kept_by_autograd
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -162,20 +163,13 @@ def pass_through(model: torch.nn.Module, length: int, *, fused: bool) -> Passed:
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.bias_activation_fusion = fused  # type: ignore[union-attr]
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     model.zero_grad()
     batch = pack([AlignedSample(tuple(range(length)), None, tuple(range(5)))], with_teacher=False)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_by_autograd(model) as kept:
         output = forward_packed(model, batch.student)
     output.square().sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return Passed(output.detach(), gradient, sum(kept[at].untyped_storage().nbytes() for at in kept.keys() - own))
+    return Passed(output.detach(), gradient, sum(kept.values()))
 
 
 def attend(cp: int, lengths: list[int]) -> list[Tensor]:
